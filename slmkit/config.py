@@ -7,9 +7,11 @@ or a value of the wrong type gives one line that names the key and the nearest k
 from __future__ import annotations
 
 import collections
+import contextlib
 import difflib
 import functools
 import inspect
+import json
 import logging
 import re
 import types
@@ -130,6 +132,26 @@ def did_you_mean(word: str, choices: Iterable[str], hints: Mapping[str, str] | N
     if near:
         return f"did you mean {near[0]!r}?"
     return "known: " + ", ".join(sorted(choices))
+
+
+@contextlib.contextmanager
+def importing(what: str) -> Iterator[None]:
+    """For imports that only an extra brings: where they fail, a `UserError` of `what`, which names the extra."""
+    try:
+        yield
+    except ImportError:
+        raise UserError(what) from None
+
+
+def read_json_object(path: Path, way_out: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError`, with the way out, for a file that has none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {kind_of_value(content)}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable {path.name}: {error}{way_out and f'; {way_out}'}") from None
+    return content
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmkit.config import UserError, one_line
+from slmkit.config import UserError, importing, one_line
 
 NAME = re.compile(r"(hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)")
@@ -164,11 +164,9 @@ def _check_weights(wanted: HubName, directory: Path) -> None:
 
 
 def _client() -> Any:
-    try:
+    with importing("models of the hub need one more package: pip install slmkit[hub]"):
         import huggingface_hub
         from huggingface_hub.utils import disable_progress_bars, logging
-    except ImportError:
-        raise UserError("models of the hub need one more package: pip install slmkit[hub]") from None
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()

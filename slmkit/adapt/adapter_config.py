@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from slmkit.config import UserError, load_settings
+from slmkit.config import UserError, load_settings, read_json_object
 from slmkit.model.families import Family
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, LoRASettings, scale_of
 
@@ -54,11 +53,8 @@ class AdapterConfig(LoRASettings):
 def read_adapter_config(directory: Path) -> AdapterConfig:
     """The adapter's config. Raises `UserError` if the file is invalid, or needs an unsupported feature."""
     path = directory / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
-    if not isinstance(content, dict) or content.pop("peft_type", None) != "LORA":
+    content = read_json_object(path)
+    if content.pop("peft_type", None) != "LORA":
         raise UserError(f"{path}: not a LoRA adapter: expected peft_type LORA, the only kind that is supported")
     if (start := content.pop("init_lora_weights", True)) not in STARTS:
         raise UserError(

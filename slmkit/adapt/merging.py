@@ -185,7 +185,9 @@ def _sparsifier(recipe: MergeRecipe, number: int, tensor: MergedTensor) -> Calla
     """Function that sparsifies rows of a model's task vector; called for rows in order."""
     density = tensor.value(recipe.merged[number].density, otherwise=1.0)
     if recipe.merge_method.startswith("dare"):
-        generator = torch.Generator().manual_seed(_seed(recipe.seed, number, tensor.name))
+        place = f"{recipe.seed}/{number}/{tensor.name}"  # so that the order of tensors does not matter
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(seed)
         return lambda delta: drop(delta, density, generator)
     if density == 1:
         return lambda delta: delta
@@ -249,11 +251,6 @@ def _depth(name: str, layers: int) -> float:
     if parts[0] != "blocks":
         return 0.0
     return int(parts[1]) / (layers - 1) if layers > 1 else 1.0
-
-
-def _seed(seed: int, number: int, name: str) -> int:
-    """Seed of the dropped elements of a model's tensor, independent of the order of tensors."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{name}".encode()).digest()[:7])
 
 
 # -- the methods, for parts of tensors [...] of all models -------------------------------------------------------------

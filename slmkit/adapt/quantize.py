@@ -9,6 +9,7 @@ files keep them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,8 @@ from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.kernels import GROUPS, NF4, Kind, Matrix, dequantize
 
 LARGEST: dict[Kind, int] = {"int8": 127, "int4": 7, "nf4": 1}  # the largest value of a code, by kind
-DEFAULT_GROUP = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
+BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
+DEFAULT_GROUP: dict[str, int] = {"int8": 32, "int4": 32, "nf4": 64}  # columns of a group; bitsandbytes' own for nf4
 # Candidates for the scale of a group, as shares of its largest magnitude / 7: a smaller step rounds most weights less
 # and clips the largest one.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -88,6 +90,13 @@ def unpack(codes: Tensor, groups: int, kind: Kind) -> Tensor:
     """The inverse of `pack`."""
     codes = codes.unflatten(-1, (groups, -1))
     return codes if kind == "int8" else torch.cat((codes & 15, codes >> 4), dim=-1)
+
+
+def in_whole_bytes(codes: Tensor, kind: Kind) -> Tensor:
+    """Codes of int8 or int4, one a byte [..., in] → counted from 0, the first of two in the low bits: uint8 [..., in]
+    or [..., in / 2]. Files of other programs have them so.
+    """
+    return codes.view(torch.uint8) ^ 128 if kind == "int8" else codes[..., ::2] | codes[..., 1::2] << 4
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
@@ -236,12 +245,24 @@ def round_to(decoder: Decoder, chosen: dict[str, Kind], group: int) -> None:
             replace(decoder, name, rounded(module, kind, group))
 
 
+def rounded_copy(decoder: Decoder, kind: str) -> Decoder:
+    """A copy whose layers have matrices of a kind, rounded to nearest in groups of `DEFAULT_GROUP`."""
+    copied, group = copy.deepcopy(decoder), DEFAULT_GROUP[kind]
+    round_to(copied, to_quantize(copied, kind, group, "bfloat16"), group)
+    return copied
+
+
 def rounded(module: Any, kind: Kind, group: int) -> Quantized:
     """A linear or an embedding, rounded to the nearest codes."""
     parts = [encode(rows, kind, group) for rows in module.weight.detach().split(ROWS_AT_ONCE)]
     codes, scales = (torch.cat(each) for each in zip(*parts))
+    return quantized_like(module, codes, scales, kind).to(module.weight.dtype)  # of an embedding's results
+
+
+def quantized_like(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
+    """The quantized module in place of a linear or an embedding."""
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, kind).to(module.weight.dtype)  # of its results
+        return QuantizedEmbedding(codes, scales, kind)
     return QuantizedLinear(codes, scales, kind, module.bias)
 
 

@@ -22,16 +22,9 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from slmkit.adapt.quantize import (
-    Quantized,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    pack,
-    quantized_modules,
-    unpack,
-)
+from slmkit.adapt.quantize import BITS, Quantized, in_whole_bytes, pack, quantized_like, quantized_modules, unpack
 from slmkit.adapt.swapping import HEAD, linears, replace
 from slmkit.config import UserError
 from slmkit.model.config import SLMConfig
@@ -55,7 +48,6 @@ from slmkit.model.kernels import GROUPS, NF4, Kind
 
 EMBEDDING = "embedding"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
-BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 # The tensors of a quantized matrix, after the module's name.
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
@@ -94,8 +86,8 @@ def to_stored(modules: Iterable[Any]) -> dict[str, Tensor]:
         coded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         packed = (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1)
         return dict(zip(NF4_PARTS, (packed, scales.flatten(), NF4.clone(), coded)))
-    unsigned = codes.view(torch.uint8) ^ 128 if first.kind == "int8" else codes[:, ::2] | codes[:, 1::2] << 4
-    return dict(zip(PACKED, (unsigned.view(torch.int32), scales.bfloat16(), torch.tensor(shape))))
+    packed = in_whole_bytes(codes, first.kind).view(torch.int32)
+    return dict(zip(PACKED, (packed, scales.bfloat16(), torch.tensor(shape))))
 
 
 def described(decoder: Decoder, family: Family) -> dict[str, Any]:
@@ -157,20 +149,13 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         for one, its_codes, its_scales in zip(ours, codes.split(rows), scales.split(rows)):
             module = one.removesuffix(".weight")
             state |= {f"{module}.codes": its_codes, f"{module}.scales": its_scales}
-            replace(decoder, module, _empty(decoder.get_submodule(module), its_codes, its_scales, kind))
+            empty = quantized_like(decoder.get_submodule(module), its_codes.to("meta"), its_scales.to("meta"), kind)
+            replace(decoder, module, empty)
     rest = {name: tensor for name, tensor in decoder.state_dict().items() if name not in state}
     state |= float_state(exactly(path, tensors, rest, family), rest, family, device, is_finite=True)
     decoder.to_empty(device=device)
     decoder.load_state_dict(state)
     return decoder.eval(), config
-
-
-def _empty(module: Any, codes: Tensor, scales: Tensor, kind: Kind) -> Quantized:
-    """The module that will hold a part of a matrix, on the meta device."""
-    codes, scales = codes.to("meta"), scales.to("meta")
-    if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(codes, scales, kind)
-    return QuantizedLinear(codes, scales, kind, module.bias)
 
 
 def _from_stored(

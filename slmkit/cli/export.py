@@ -10,8 +10,8 @@ import typer
 from slmkit.cli.options import ModelPath
 
 if TYPE_CHECKING:
+    from slmkit.export.compare import Parity
     from slmkit.export.gguf_types import PlannedTensor
-    from slmkit.export.runtimes import Parity
     from slmkit.workflows.export import Verdict
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slmkit.config import UserError
+from slmkit.config import UserError, importing
 from slmkit.export.gguf import (
     CAPPED_LOGITS,
     CAPPED_SCORES,
@@ -28,12 +27,15 @@ from slmkit.export.gguf import (
     TIED,
     WHOLE_HEADS,
     Need,
+    expect_held,
+    write_gguf,
 )
-from slmkit.export.runtimes import Transformers
+from slmkit.export.llama_cpp import fields_of
+from slmkit.export.runtimes import Loaded, Transformers
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS, family_of
-from slmkit.model.files.directory import WEIGHTS, load_decoder, quantization_of, stored_names, write_configs
+from slmkit.model.files.directory import WEIGHTS, stored_names, write_configs
 from slmkit.model.files.generation_config import read_generation_config
 from slmkit.model.rope import Linear, Llama3
 from slmkit.tokenizer import SLMTokenizer
@@ -41,6 +43,7 @@ from slmkit.tokenizer.chat_pieces import ChatPieces, chat_pieces
 
 # -- Ollama -----------------------------------------------------------------------------------------------------------
 
+GGUF = "model.gguf"
 # Ollama's names of sampling settings, and the neutral values, in place of Ollama's own defaults.
 PARAMETERS = {
     "temperature": ("temperature", 1), "top_k": ("top_k", 0), "top_p": ("top_p", 1), "min_p": ("min_p", 0),
@@ -50,18 +53,15 @@ LONGEST_CONTEXT = 8_192  # tokens that a Modelfile asks for: the cache of a long
 NO_SYSTEM = '{{ call "the chat template of this model has no system message" }}'  # an error: there is no such function
 
 
-def write_ollama(model: Path, folder: Path, gguf: Path) -> None:
-    """`Modelfile` and the GGUF file in `folder`, for `ollama create NAME -f Modelfile`.
+def write_ollama(loaded: Loaded, folder: Path, kind: str, *, allow_fallback: bool = False) -> None:
+    """A GGUF file of a kind of weights and its `Modelfile` in `folder`, for `ollama create NAME -f Modelfile`.
 
-    Raises `UserError` for a chat template that Ollama's language cannot say, and for an end token that is ordinary text
-    and is not named in the GGUF file.
+    Raises `UserError` as `write_gguf` does, for a chat template that Ollama's language cannot say, and for an end token
+    that is ordinary text and is not named in the GGUF file.
     """
-    tokenizer, config = SLMTokenizer.from_pretrained(model), SLMConfig.from_pretrained(model)
-    advice = read_generation_config(model)
-    tokenizer.use_generation_config(advice)
-    keys = _gguf_keys(gguf)
-    name = gguf.name if re.fullmatch(r"[\w.-]+", gguf.name) else "model.gguf"
-    lines = [f"FROM ./{name}", ""]
+    write_gguf(loaded.source, folder / GGUF, kind, allow_fallback=allow_fallback)
+    tokenizer, advice, keys = loaded.tokenizer, read_generation_config(loaded.source), _numbers_in(folder / GGUF)
+    lines = [f"FROM ./{GGUF}", ""]
     if tokenizer.chat_template is None:
         template = "{{ .Prompt }}"
     else:
@@ -74,14 +74,12 @@ def write_ollama(model: Path, folder: Path, gguf: Path) -> None:
         template = go_template(pieces, begins)
     lines += [f'TEMPLATE """{template}"""', ""]
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops(tokenizer, keys)]
-    lines += [f"PARAMETER num_ctx {min(config.max_position_embeddings, LONGEST_CONTEXT)}"]
+    lines += [f"PARAMETER num_ctx {min(loaded.config.max_position_embeddings, LONGEST_CONTEXT)}"]
     given = {"temperature": 0} if advice.get("do_sample") is False else advice
     for theirs, (ours, neutral) in PARAMETERS.items():
         value = given.get(theirs) if given.get(theirs) is not None else neutral
         lines += [] if value is None else [f"PARAMETER {ours} {value}"]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if gguf.resolve() != (folder / name).resolve():
-        _linked(gguf, folder / name)
 
 
 def go_template(pieces: ChatPieces, begins: str = "") -> str:
@@ -132,22 +130,11 @@ def _quoted(text: str) -> str:
     return f'"""{text}"""' if '"' in text else f'"{text}"'
 
 
-def _gguf_keys(gguf: Path) -> dict[str, Any]:
+def _numbers_in(gguf: Path) -> dict[str, Any]:
     """The numbers and switches of the tokenizer in a GGUF file, without `tokenizer.ggml.`"""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf).fields
-    prefix = "tokenizer.ggml."
+    fields, prefix = fields_of(gguf), "tokenizer.ggml."
     wanted = ("eos_token_id", "eot_token_id", "eom_token_id", "add_bos_token")
     return {name: fields[prefix + name].contents() for name in wanted if prefix + name in fields}
-
-
-def _linked(source: Path, target: Path) -> None:
-    """A second name of the same file, or a copy on another disk."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 # -- MLX --------------------------------------------------------------------------------------------------------------
@@ -200,33 +187,23 @@ def expect_mlx(config: SLMConfig) -> Architecture:
     if config.model_type not in IN_MLX:
         raise UserError(f"mlx-lm does not run {config.model_type}: it runs {', '.join(IN_MLX)}; export to gguf")
     a = architecture_of(config)
-    for need in IN_MLX[config.model_type]:
-        if not need.holds(a):
-            found = getattr(config, need.field, config.rope_parameters)
-            raise UserError(
-                f"mlx-lm runs {config.model_type} only with {need.field} {need.words}, found {found}: export to gguf"
-            )
+    expect_held(IN_MLX[config.model_type], config, a, f"mlx-lm's {config.model_type}")
     return a
 
 
-def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
+def write_mlx(loaded: Loaded, folder: Path, bits: int | None = None) -> None:
     """The folder that `mlx_lm.load` reads: weights in float32, or bfloat16 with matrices of 2, 4 or 8 bits.
 
     Codes are those of `mlx.core.quantize`. Raises `UserError` for a family or a setting that mlx-lm does not have.
     """
-    _expect_full(model)
-    decoder, config = load_decoder(model)
-    a = expect_mlx(config)
-    more: dict[str, Any] = {"sliding_window_pattern": _full_every(a)}  # for Gemma 3; others do not read it
-    family, state = family_of(config.model_type), decoder.state_dict()
-    tensors: dict[str, Tensor] = {}
+    config, family, state = loaded.config, family_of(loaded.config.model_type), loaded.decoder.state_dict()
+    more: dict[str, Any] = {"sliding_window_pattern": _full_every(expect_mlx(config))}  # only Gemma 3 reads it
     whole = {
         theirs.replace("transformer.", "model."): torch.cat([state[name] for name in ours])  # matrices as [out, in]
         for theirs, ours in stored_names(state, family).items()
     }
-    if bits is None:
-        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
-    else:
+    tensors = {name: tensor.contiguous() for name, tensor in whole.items()} if bits is None else {}
+    if bits is not None:
         matrices = [tensor for tensor in whole.values() if tensor.ndim == 2]
         group = max(GROUPS, key=lambda size: sum(one.numel() for one in matrices if one.size(1) % size == 0))
         more |= {key: {"group_size": group, "bits": bits} for key in ("quantization", "quantization_config")}
@@ -238,7 +215,7 @@ def write_mlx(model: Path, folder: Path, bits: int | None = None) -> None:
                 tensors[name] = tensor.bfloat16()
     write_configs(config, folder, "float32" if bits is None else "bfloat16", **more)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "mlx"})
-    SLMTokenizer.from_pretrained(model).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def quantized(weight: Tensor, bits: int, group: int) -> dict[str, Tensor]:
@@ -271,10 +248,8 @@ class Mlx(Transformers):
     name = "mlx-lm"
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with importing("mlx-lm is not installed: pip install mlx-lm"):
             import mlx_lm
-        except ModuleNotFoundError:
-            raise UserError("mlx-lm is not installed: pip install mlx-lm") from None
         self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self._model, tokenizer, *_ = mlx_lm.load(str(folder))
         self._tokenizer = tokenizer._tokenizer
@@ -309,10 +284,9 @@ def write_space(model: Path, folder: Path) -> None:
 
     Raises `UserError` for a model that transformers does not read.
     """
-    config = SLMConfig.from_pretrained(model)
-    _expect_full(model)
-    if config.model_type in NOT_IN_TRANSFORMERS:
-        raise UserError(f"{model}: transformers has no {config.model_type!r}, and a Space runs with it: export to html")
+    model_type = SLMConfig.from_pretrained(model).model_type
+    if model_type in NOT_IN_TRANSFORMERS:
+        raise UserError(f"{model}: transformers has no {model_type!r}, and a Space runs with it: export to html")
     shutil.copyfile(SPACE_APP, folder / "app.py")
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
     header = {
@@ -324,9 +298,4 @@ def write_space(model: Path, folder: Path) -> None:
     (folder / "model").mkdir()
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name != "MANIFEST.json":
-            _linked(path, folder / "model" / path.name)
-
-
-def _expect_full(model: Path) -> None:
-    if quantization_of(model):
-        raise UserError(f"{model}: its weights are quantized: name the full model that it was made from")
+            shutil.copyfile(path, folder / "model" / path.name)

@@ -7,7 +7,7 @@ choice is refused: an approximation would be another model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ MOST_FALLBACK = 0.25  # of the weights, without being asked
 
 @dataclass(frozen=True)
 class Need:
-    """A choice that a decoder of llama.cpp fixes: the field of config.json, what must hold, and that in words."""
+    """A choice that another program's decoder fixes: the field of config.json, what must hold, and that in words."""
 
     field: str
     holds: Callable[[Architecture], bool]
@@ -69,6 +69,7 @@ WHOLE_HEADS = Need("head_dim", lambda a: a.heads * a.head_dim == a.width, "hidde
 ALL_TURN = Need("no_rope_layers", partial(_all_turn_but, None), "RoPE in every layer")
 CAPPED_SCORES = Need("attn_logit_softcapping", lambda a: a.attention_cap is not None, "capped scores")
 CAPPED_LOGITS = Need("final_logit_softcapping", lambda a: a.logit_cap is not None, "capped logits")
+SHALLOW = Need("num_hidden_layers", lambda a: a.depth <= 512, "up to 512")
 TIED = Need("tie_word_embeddings", lambda a: a.tied, "a head that is the embedding")
 FREE_CHOICES = (
     Need("norm", lambda a: a.norm == "rms", "rms"),
@@ -136,13 +137,18 @@ LOADERS = {
 }  # fmt: skip
 
 
+def expect_held(needs: Iterable[Need], config: SLMConfig, a: Architecture, program: str) -> None:
+    """Raises `UserError` for the first need of a program that a model does not meet."""
+    for need in needs:
+        if not need.holds(a):
+            found = str(getattr(config, need.field, config.rope_parameters))[:80]
+            raise UserError(f"{need.field} is {found}: {program} computes only {need.words}")
+
+
 def loader_of(config: SLMConfig, a: Architecture) -> Loader:
     """The decoder of llama.cpp for a model. Raises `UserError` that names the field that it cannot hold."""
     loader = LOADERS[config.model_type]
-    for need in (Need("num_hidden_layers", lambda a: a.depth <= 512, "up to 512"), *loader.needs):
-        if not need.holds(a):
-            found = str(getattr(config, need.field))[:80]
-            raise UserError(f"{need.field} is {found}: llama.cpp's {loader.name} computes only {need.words}")
+    expect_held((SHALLOW, *loader.needs), config, a, f"llama.cpp's {loader.name}")
     return loader
 
 
@@ -228,11 +234,11 @@ def _yarn_lengths(a: Architecture, scaling: Yarn) -> dict[str, float]:
     """llama.cpp multiplies cosines and sines by YaRN's usual factor, and by one of ours. With latent attention it takes
     the usual factor away, and multiplies scores by (attn_factor * (1 + multiplier * ln(factor)))².
     """
-    if a.latent is None:
-        return {"rope.scaling.attn_factor": scaling.length / yarn_growth(scaling.factor)}
-    wanted = a.attention_scale * (a.latent.plain_dim + a.latent.rope_dim) ** 0.5
-    multiplier = (wanted**0.5 / scaling.length - 1) / math.log(scaling.factor)
-    if multiplier == 0:  # llama.cpp reads it as none, and then keeps the usual factor
+    multiplier = 0.0  # llama.cpp reads it as none, and then keeps the usual factor
+    if a.latent is not None:
+        wanted = a.attention_scale * (a.latent.plain_dim + a.latent.rope_dim) ** 0.5
+        multiplier = (wanted**0.5 / scaling.length - 1) / math.log(scaling.factor)
+    if multiplier == 0:
         return {"rope.scaling.attn_factor": scaling.length / yarn_growth(scaling.factor)}
     return {"rope.scaling.attn_factor": scaling.length, "rope.scaling.yarn_log_multiplier": multiplier}
 

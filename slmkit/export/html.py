@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from slmkit.adapt import quantize
-from slmkit.adapt.load import load_model
-from slmkit.config import UserError
-from slmkit.export.runtimes import Runtime
-from slmkit.find import find_model_directory, learned_conversations, run_of
+from slmkit.config import UserError, importing
+from slmkit.export.runtimes import Loaded, Runtime
+from slmkit.find import learned_conversations, run_of
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.latent_attention import EPS
@@ -37,7 +36,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_pieces import chat_pieces
 from slmkit.tokenizer.encoder import PROBE
 
-KINDS = ("f32", "f16", "int8", "int4")
+KINDS = ("int8", "int4", "f16", "f32")  # the default first
 MOST_PARAMETERS = 60_000_000
 GROUP = 32  # weights with one scale; rows are padded with zeros to a multiple of it
 PAGE = Path(__file__).with_name("page")
@@ -50,31 +49,24 @@ ROTARY = re.compile(r"attention\.(query|query\.up|latent)\.(weight|bias)$")  # o
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def write_html(model: str | Path, path: Path, kind: str = "int8", source: Path | None = None) -> None:
-    """Write the page of a model, an adapter or a run to `path`. `kind` is one of `KINDS`, for matrices; `source` is the
-    directory of its weights, if it is another.
+def write_html(loaded: Loaded, path: Path, kind: str) -> None:
+    """Write the page of a model to `path`. `kind` is one of `KINDS`, for matrices.
 
     Raises `UserError` for more than 60 million parameters, a weight beyond float16, and a tokenizer that the page would
     read differently.
     """
-    decoder, config = load_model(directory := source or find_model_directory(model))
-    if kind not in KINDS:
-        raise UserError(f"type {kind!r}: an HTML page has {', '.join(KINDS)}")
-    if (size := sum(weight.numel() for _, weight in _weights(decoder))) > MOST_PARAMETERS:
+    model, decoder, tokenizer = loaded.name, loaded.decoder, loaded.tokenizer
+    if (size := sum(weight.numel() for weight in decoder.parameters())) > MOST_PARAMETERS:
         raise UserError(
             f"{model}: {size:,} parameters; an HTML page has at most {MOST_PARAMETERS:,}: use --to gguf, onnx or ollama"
         )
-    tokenizer = SLMTokenizer.from_pretrained(directory)
-    tokenizer.use_generation_config(config.for_generation())
     a, tensors, rounded, blobs, at = decoder.architecture, {}, Decoder(decoder.architecture).eval(), [], 0
-    for name, weight in _weights(decoder):
+    for name, weight in decoder.named_parameters():
         entry, values, data = _stored(name, _for_the_page(a, name, weight.detach().float()), kind)
         tensors[name] = entry | {"at": at}
         at += len(data)
         blobs.append(data)
         rounded.get_parameter(name).data = _for_the_page(a, name, values, back=True).view(weight.shape)
-    if len(tokenizer) > a.vocab_size:
-        raise UserError(f"{model}: the tokenizer has {len(tokenizer):,} ids, the model rows for {a.vocab_size:,}")
     ids = tokenizer.encode(PROBE)
     header = {
         "name": Path(model).name, "kind": kind, "parameters": size, "bytes": at, "tensors": tensors,
@@ -85,15 +77,7 @@ def write_html(model: str | Path, path: Path, kind: str = "int8", source: Path |
         "suppressed": [*map(int, tokenizer.suppressed)],
         "golden": {"text": PROBE, "ids": ids, **_golden(rounded, ids[: max(1, a.max_positions // 2)])},
     }  # fmt: skip
-    Path(path).write_text(_page(header, b"".join(blobs)), encoding="utf-8")
-
-
-def _weights(decoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights; quantized ones as they are used."""
-    for module_name, module in decoder.named_modules():
-        for name in ("weight", "bias"):
-            if isinstance(value := getattr(module, name, None), Tensor):
-                yield f"{module_name}.{name}", value
+    path.write_text(_page(header, b"".join(blobs)), encoding="utf-8")
 
 
 def _for_the_page(a: Architecture, name: str, weight: Tensor, back: bool = False) -> Tensor:
@@ -357,10 +341,8 @@ class HtmlPage(Runtime):
             raise UserError(f"{path}: the page's own check fails: {self.checked['what']}")
 
     def _started(self) -> Any:
-        try:
+        with importing("an HTML page is checked in Chromium by playwright: pip install playwright"):
             from playwright.sync_api import sync_playwright
-        except ImportError:
-            raise UserError("an HTML page is checked in Chromium by playwright: pip install playwright") from None
         browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         if browser is None:
             raise UserError(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.child import Child, free_port
-from slmkit.config import UserError, one_line
+from slmkit.config import UserError, importing, one_line
 
 KEY = "SLM_LLAMA_CPP_KEY"  # environment: the key that the child asks of each request
 ERROR = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )?(error loading model: .*|.*GGML_ASSERT.*|.*GGML_ABORT.*)$", re.M)
@@ -180,10 +180,8 @@ def context_of(path: Path) -> int:
 
 def import_xllamacpp() -> Any:
     """Raises `UserError` if it is not installed."""
-    try:
+    with importing("llama.cpp is not installed: pip install slmkit[export]"):
         import xllamacpp
-    except ModuleNotFoundError:
-        raise UserError("llama.cpp is not installed: pip install slmkit[export]") from None
     return xllamacpp
 
 

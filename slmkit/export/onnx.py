@@ -19,7 +19,7 @@ is `GatherBlockQuantized`. A tied head and its embedding share one tensor.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import copy
 import io
 import json
 import logging
@@ -27,7 +27,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +35,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import dequantize_modules, encode, unpack
+from slmkit.adapt.quantize import BITS, encode, in_whole_bytes, unpack
 from slmkit.adapt.swapping import linears, replace
-from slmkit.config import UserError, one_line
-from slmkit.export.runtimes import Message, Runtime
+from slmkit.config import UserError, importing, one_line
+from slmkit.export.runtimes import Loaded, Message, Runtime
 from slmkit.model.architectures import architecture_of
 from slmkit.model.cache import KVCache
 from slmkit.model.config import SLMConfig
@@ -52,11 +51,11 @@ from slmkit.model.rope import Rope, Rotation
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat import REPLY
 
-OnnxKind = Literal["fp32", "fp16", "int8", "int4"]
+KINDS = ("fp32", "fp16", "int8", "int4")  # the default first
+MISSING = "ONNX needs more packages: pip install slmkit[export]"
 GRAPH, DATA, SCRIPT, CHAT = "model.onnx", "model.onnx.data", "generate.py", "chat_prompt.json"
 OPSET = 18  # the oldest that the exporter writes: old runtimes read it
 BLOCK = 32  # weights with one scale
-BITS: dict[Kind, int] = {"int8": 8, "int4": 4}
 # How MatMulNBits computes: 1 with activations of float32, 4 with activations rounded to int8 in blocks.
 ACCURACY_LEVEL = 4
 FOLDED = 32  # elements of a constant that is computed at export: shapes, no weights, which would be stored twice
@@ -162,9 +161,7 @@ class Packed(nn.Module):
         self.out_features, self.in_features = module.weight.shape
         whole = F.pad(module.weight.detach(), (0, -self.in_features % BLOCK))
         codes, scales = encode(whole, kind, BLOCK)
-        each = unpack(codes, scales.size(1), kind)  # [out, blocks, BLOCK], one a byte
-        unsigned = each.view(torch.uint8) ^ 128 if kind == "int8" else each[..., ::2] | each[..., 1::2] << 4
-        self.register_buffer("codes", unsigned)
+        self.register_buffer("codes", in_whole_bytes(unpack(codes, scales.size(1), kind), kind))
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +190,7 @@ class PackedTable(Packed):
         return Packed.forward(self, hidden)
 
 
-def prepare(decoder: Decoder, kind: OnnxKind) -> None:
+def prepare(decoder: Decoder, kind: str) -> None:
     """Replace the decoder's matrices, in place, by modules whose tensors the graph has as they are."""
     for name in linears(decoder):
         if name.endswith("key_value"):  # latent attention reads it in two parts, neither by a product with x
@@ -204,7 +201,7 @@ def prepare(decoder: Decoder, kind: OnnxKind) -> None:
     replace(decoder, "embedding", table)
 
 
-def kind_of(name: str, kind: OnnxKind) -> Kind:
+def kind_of(name: str, kind: str) -> Kind:
     """How a matrix is rounded: embedding and head have 8 bits, since every token's logit depends on the head."""
     return "int4" if kind == "int4" and name != "head" else "int8"
 
@@ -232,19 +229,15 @@ def attention(q: Any, k: Any, v: Any, attn_mask: Any, *, scale: float, **_: Any)
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(model: Path, folder: Path, kind: OnnxKind) -> None:
+def write_onnx(loaded: Loaded, folder: Path, kind: str) -> None:
     """Write the graph of a model, its tokenizer, configs and a script that generates with them, into `folder`.
 
-    Raises `UserError` without the extra `export`, as `load_model` does, for a tokenizer with more ids than the model
-    has rows, and for a weight that float16 cannot hold.
+    Raises `UserError` without the extra `export`, and for a weight that float16 cannot hold.
     """
-    import_or_explain("onnx", "onnxscript")
-    decoder, config = load_model(model)
-    dequantize_modules(decoder)
-    tokenizer = SLMTokenizer.from_pretrained(model)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{model}: no rows for the tokenizer's ids {config.vocab_size:,} to {len(tokenizer) - 1:,}")
-    tokenizer.use_generation_config(config.for_generation())
+    with importing(MISSING):
+        import onnx  # noqa: F401 (here, before the work begins)
+        import onnxscript  # noqa: F401
+    model, config, tokenizer, decoder = loaded.name, loaded.config, loaded.tokenizer, copy.deepcopy(loaded.decoder)
     if kind == "fp16":
         for name, parameter in decoder.half().named_parameters():
             expect_finite(parameter, f"{model}: {name!r} in float16", "export fp32 instead")
@@ -263,7 +256,7 @@ def write_onnx(model: Path, folder: Path, kind: OnnxKind) -> None:
 
 
 @torch.inference_mode()
-def expect_no_overflow(decoder: Decoder, model: Path) -> None:
+def expect_no_overflow(decoder: Decoder, model: str) -> None:
     """Raises `UserError` if hidden states are beyond float16, as ONNX Runtime shows on GPUs alone: its CPU kernels
     compute in float32 and leave out roundings between them.
     """
@@ -273,15 +266,7 @@ def expect_no_overflow(decoder: Decoder, model: Path) -> None:
         raise UserError(f"{model}: its hidden states are beyond float16's 65,504: export fp32 instead")
 
 
-def import_or_explain(*names: str) -> list[Any]:
-    """The modules. Raises `UserError` with the extra that has them."""
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError:
-        raise UserError("ONNX needs more packages: pip install slmkit[export]") from None
-
-
-def save_graph(decoder: Decoder, path: Path, kind: OnnxKind) -> None:
+def save_graph(decoder: Decoder, path: Path, kind: str) -> None:
     """Write the graph of a prepared decoder; weights of more than `LARGEST_FILE` bytes into a second file beside it."""
     import onnx_ir
     from onnx_ir.passes.common import DeduplicateInitializersPass
@@ -340,11 +325,12 @@ class OnnxRuntime(Runtime):
     name = "ONNX Runtime"
 
     def __init__(self, folder: Path) -> None:
-        (runtime,) = import_or_explain("onnxruntime")
+        with importing(MISSING):
+            import onnxruntime
         self.size = sum(path.stat().st_size for path in (folder / GRAPH, folder / DATA) if path.is_file())
         try:
             self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.session = runtime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
         except Exception as error:  # the libraries' own, whose base is `Exception`
             raise UserError(f"{folder / GRAPH}: ONNX Runtime refuses it: {one_line(error)[:300]}") from None
         self.plain.encode_special_tokens = True  # special tokens spelled in a text are text

@@ -9,40 +9,24 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import DEFAULT_GROUP, LARGEST, dequantize_modules, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantize import LARGEST, rounded_copy
 from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError
+from slmkit.export import html, onnx
+from slmkit.export.compare import Probe, bits_of
 from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
 from slmkit.export.gguf import loader_of, tensors_of, write_gguf
 from slmkit.export.gguf_types import KINDS
-from slmkit.export.html import HtmlPage, write_html
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.onnx import OnnxKind, OnnxRuntime, write_onnx
-from slmkit.export.probe import Probe
-from slmkit.export.runtimes import Runtime, Slmkit, Transformers, bits_of
-from slmkit.find import find_model_directory
-from slmkit.model.config import SLMConfig
+from slmkit.export.runtimes import Loaded, Runtime, Transformers
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
-from slmkit.model.files.adapter_directory import base_of, is_adapter
-from slmkit.model.files.directory import (
-    EXTRA_FILES,
-    empty_decoder,
-    load_decoder,
-    open_weights,
-    save_decoder,
-    stored_names,
-    write_configs,
-)  # fmt: skip
+from slmkit.model.files.directory import copy_extras, empty_decoder, open_weights, stored_names, write_configs
 from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
-from slmkit.tokenizer import SLMTokenizer
-from slmkit.tokenizer.chat import compiled
 
 
 @dataclass(frozen=True)
@@ -56,22 +40,6 @@ class Request:
     allow_fallback: bool = False
     overwrite: bool = False
     shard: float = 5.0  # GB of a file of weights, at most
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model in float32. `source` is a directory with its weights as numbers of 16 or 32 bits."""
-
-    name: str
-    decoder: Decoder
-    config: SLMConfig
-    tokenizer: SLMTokenizer
-    source: Path
-
-    @property
-    def runtime(self) -> Slmkit:
-        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
-        return Slmkit(self.decoder, self.tokenizer, size)
 
 
 @dataclass(frozen=True)
@@ -95,32 +63,6 @@ class Target:
         return ""
 
 
-def load(model: str, scratch: Path) -> Loaded:
-    """A model in float32: an adapter merged, quantized weights dequantized, and the result written to `scratch`."""
-    directory = find_model_directory(model)
-    decoder, config = load_model(directory)
-    of_base = is_adapter(directory) and not (directory / "tokenizer.json").is_file()
-    with_tokenizer = base_of(directory) if of_base else directory
-    tokenizer, source = SLMTokenizer.from_pretrained(with_tokenizer), directory
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{directory}: no rows for the tokenizer's ids {config.vocab_size:,} to {len(tokenizer) - 1:,}")
-    if tokenizer.chat_template:
-        compiled(tokenizer.chat_template)  # some targets do without a template that they cannot hold
-    if is_adapter(directory) or quantized_modules(decoder):
-        dequantize_modules(decoder)
-        source = scratch
-        save_decoder(decoder, config, source)
-        copy_extras(with_tokenizer, source)
-    return Loaded(model, decoder, config, tokenizer, source)
-
-
-def copy_extras(source: Path, folder: Path) -> None:
-    """Copy the files of a model beside config and weights, except those that `folder` has."""
-    for name in EXTRA_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
 def written(target: Target, loaded: Loaded, path: Path, kind: str, request: Request) -> None:
     """Write a target to `path`, a file or a new folder."""
     if not target.suffix:
@@ -132,9 +74,7 @@ def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
     """A Hugging Face model directory in any precision. Raises `UserError` for a weight that float16 cannot hold."""
     source, config = loaded.source, loaded.config
     if kind in LARGEST:
-        decoder, _ = load_decoder(source)
-        round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
-        save_quantized(decoder, config, folder)
+        save_quantized(rounded_copy(loaded.decoder, kind), config, folder)
     else:
         tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
         write_configs(config, folder, kind)
@@ -153,13 +93,7 @@ def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def write_ollama_folder(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
-    gguf = folder / "model.gguf"
-    write_gguf(loaded.source, gguf, kind, allow_fallback=request.allow_fallback)
-    write_ollama(loaded.source, folder, gguf)
-
-
-GGUF = tuple(dict.fromkeys(("F16", *KINDS)))
+GGUF = tuple(dict.fromkeys(("F16", *KINDS)))  # the default first
 MLX = {"float32": None, "int8": 8, "int4": 4}
 TARGETS = {
     "gguf": Target(
@@ -169,20 +103,21 @@ TARGETS = {
         suffix=".gguf",
     ),
     "ollama": Target(
-        "model.gguf", GGUF, ("xllamacpp",), write_ollama_folder,
+        "model.gguf", GGUF, ("xllamacpp",),
+        lambda m, path, kind, request: write_ollama(m, path, kind, allow_fallback=request.allow_fallback),
         lambda path, probe: LlamaCpp(path / "model.gguf", probe.context),
     ),
     "html": Target(
-        "*.html", ("int8", "int4", "f16", "f32"), ("playwright", "chromium or chromium-browser or google-chrome"),
-        lambda m, path, kind, request: write_html(m.name, path, kind, m.source),
-        lambda path, probe: HtmlPage(path),
+        "*.html", html.KINDS, ("playwright", "chromium or chromium-browser or google-chrome"),
+        lambda m, path, kind, request: html.write_html(m, path, kind),
+        lambda path, probe: html.HtmlPage(path),
         install="pip install playwright, and Chromium",
         suffix=".html",
     ),
     "onnx": Target(
-        "*.onnx", ("fp32", "fp16", "int8", "int4"), ("onnxruntime",),
-        lambda m, path, kind, request: write_onnx(m.source, path, cast(OnnxKind, kind)),
-        lambda path, probe: OnnxRuntime(path),
+        "*.onnx", onnx.KINDS, ("onnxruntime",),
+        lambda m, path, kind, request: onnx.write_onnx(m, path, kind),
+        lambda path, probe: onnx.OnnxRuntime(path),
     ),
     "hf": Target(
         "config.json", ("float32", "float16", "bfloat16", *LARGEST), ("transformers",), write_hf,
@@ -191,7 +126,7 @@ TARGETS = {
     ),
     "mlx": Target(
         "config.json", (*MLX,), ("mlx_lm",),
-        lambda m, path, kind, request: write_mlx(m.source, path, MLX[kind]),
+        lambda m, path, kind, request: write_mlx(m, path, MLX[kind]),
         lambda path, probe: Mlx(path),
         install="pip install mlx-lm",
     ),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slmkit.config import UserError, kind_of_value
+from slmkit.config import UserError, importing, kind_of_value
 from slmkit.generation.json_schema import check_pattern, grammar_of_schema
 from slmkit.tokenizer import SLMTokenizer
 
@@ -42,10 +42,8 @@ class Vocabulary:
                 "constrained output: this tokenizer's text is not the bytes of its tokens in a row (as in WordPiece), "
                 "so no mask over tokens would be exact: use a BPE tokenizer"
             )
-        try:
+        with importing("constrained output needs llguidance: pip install slmkit[constrain]"):
             from llguidance import LLTokenizer
-        except ImportError:
-            raise UserError("constrained output needs llguidance: pip install slmkit[constrain]") from None
         self.encode, self.eos_token_id, self.stops = (
             tokenizer.encode_continuation,
             tokenizer.eos_token_id,

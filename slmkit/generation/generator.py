@@ -1,4 +1,4 @@
-"""Generation for one caller: a batch of ids, or the ids or the text of one continuation as they come."""
+"""Generation for one caller: a batch of ids, or the text of one continuation as it comes."""
 
 from __future__ import annotations
 
@@ -63,34 +63,6 @@ def _events(engine: Engine) -> Iterator[Event]:
             if event.error:
                 raise UserError(event.error)
             yield event
-
-
-class IdStream:
-    """Iterates once over the new ids of a request, stop token included, as they are generated.
-
-    `tokens` counts them; `finish_reason` is None until the end. `known` bool [ids] as in `generate_ids`. Raises
-    `UserError` as `Engine.insert` does.
-    """
-
-    def __init__(
-        self,
-        decoder: LanguageModel,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        stop_ids: Set[int],
-        settings: SamplingSettings,
-        known: np.ndarray | None = None,
-    ) -> None:
-        self._engine, self.tokens = Engine(decoder, known=known), 0
-        self._engine.insert(Request(prompt, max_new_tokens, settings, stop_ids))
-        self.finish_reason: FinishReason | None = None
-
-    def __iter__(self) -> Iterator[int]:
-        for event in _events(self._engine):
-            self.tokens, self.finish_reason = self.tokens + 1, event.finish_reason
-            assert event.token is not None  # without one only if scoring was asked
-            yield event.token
 
 
 class TextStream:

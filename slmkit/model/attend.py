@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from slmkit.model.context import AttentionInputs, Piece, dense_mask
 
-# On a CPU in bfloat16 the fused kernel, which computes in float32, takes three times as long as plain products over
-# rows this short (two heads of 64, two rows of 512: 5.3 against 1.7 ms). Products keep their scores for the backward
-# pass: 1 KiB per token and head at 512.
+# In training on a CPU, products beat the fused kernel over rows this short, forward and backward together: two heads of
+# 64, two rows of 512: 11 against 16 ms in float32, 1.7 against 5.3 in bfloat16. At 1,024 they take as long, and keep
+# more: a number per token, head and seen key.
 LONGEST_IN_PRODUCTS = 512  # tokens
 SMALLEST_HEAD = 16  # channels; the least that FlexAttention's kernels support
 
@@ -37,8 +37,8 @@ def attend(
         inputs = replace(inputs, mask=dense_mask(inputs.blocks, q.device), blocks=None)
     if cap is not None:
         return _capped(q, k, v, inputs, scale, cap, dropout)
-    trains_on_cpu_in_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if trains_on_cpu_in_bfloat16 and inputs.is_causal and q.size(2) <= LONGEST_IN_PRODUCTS and not dropout:
+    trains_on_cpu = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.requires_grad
+    if trains_on_cpu and inputs.is_causal and q.size(2) <= LONGEST_IN_PRODUCTS and not dropout:
         return causal_products(q, k, v, scale)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(
@@ -77,18 +77,43 @@ class _Slices(torch.autograd.Function):
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention as two batched products with a softmax between; scores are in the type of q.
+    """Causal attention by batched products with a softmax between; scores are in the type of q.
 
     q [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim or another] → as q.
     """
-    batch, heads, tokens, _ = q.shape
-    k, v = (_for_every_head(x, heads) for x in (k, v))
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * heads, tokens, head_dim]
-    future = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(
-        future.expand(batch * heads, -1, -1), q, k.mT, alpha=scale
-    )  # [batch * heads, tokens, tokens]
-    return (scores.softmax(-1) @ v).unflatten(0, (batch, heads))
+    return _CausalProducts.apply(q * scale, *(_for_every_head(x, q.size(1)) for x in (k, v)))
+
+
+class _CausalProducts(torch.autograd.Function):
+    """Blocks of queries, each over the keys up to its last query: about half of all scores are never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, tokens, _ = q.shape
+        block = min(max(tokens // 4, 32), 128)  # queries; measured at 64 to 1,024 tokens
+        ctx.blocks = [slice(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * heads, tokens, head_dim]
+        future = torch.full((block, block), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+        y, kept = v.new_empty(batch, tokens, heads, v.size(-1)).transpose(1, 2), []
+        for rows in ctx.blocks:
+            scores = q[:, rows] @ k[:, : rows.stop].mT  # [batch * heads, queries, keys]
+            scores[:, :, rows] += future[: scores.size(1), : scores.size(1)]
+            kept.append(torch.softmax(scores, -1, out=scores))
+            y[:, :, rows] = (scores @ v[:, : rows.stop]).unflatten(0, (batch, heads))
+        ctx.save_for_backward(q, k, v, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (q, k, v, *kept), y_grad = ctx.saved_tensors, gradients[0].flatten(0, 1)
+        q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, weights in zip(ctx.blocks, kept):
+            to, seen = y_grad[:, rows], slice(rows.stop)
+            v_grad[:, seen].baddbmm_(weights.mT, to)
+            slopes = torch._softmax_backward_data(to @ v[:, seen].mT, weights, -1, weights.dtype)
+            q_grad[:, rows] = slopes @ k[:, seen]
+            k_grad[:, seen].baddbmm_(slopes.mT, q[:, rows])
+        return tuple(x.unflatten(0, gradients[0].shape[:2]) for x in (q_grad, k_grad, v_grad))
 
 
 def _capped(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slmkit.config import Settings, UserError, did_you_mean, kind_of_value, load_settings, read_table, warn_once
+from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_json_object, read_table, warn_once
 from slmkit.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
@@ -171,14 +171,9 @@ class SLMConfig(Settings):
         path = as_path(directory) / "config.json"
         if not path.is_file():
             path = config_directory(find_config_directory(directory)) / "config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected a model directory, as `slm train` writes it") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable config.json: {error}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not a readable config.json: expected an object, found {kind_of_value(content)}")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a model directory, as `slm train` writes it")
+        content = read_json_object(path)
         model_type = content.get("model_type")
         if not isinstance(model_type, str):
             raise UserError(f"{path}: no model_type; expected the name of a family, such as 'llama'")

@@ -66,46 +66,41 @@ def positions_per_chunk(vocab_size: int, device: torch.device) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass: d loss / d logits = softmax(logits) - onehot(label), chunk by chunk.
-
-    The division by the exponentials' sum and the subtraction of the one-hot labels follow after the matrix products,
-    where tensors are [chunk, width] instead of [chunk, vocab_size].
-    """
+    """Loss and gradients in one pass: d loss / d logits = softmax(logits) - onehot(label), chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, cap: float | None) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad)
         weight = head.to(hidden.dtype)
+        # Float16 underflows below 6e-8, where many of a softmax's gradients are: they are scaled up.
+        up = 256.0 if hidden.dtype == torch.float16 else 1.0
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if wants_gradient else None
         head_grad = torch.zeros_like(head, dtype=torch.float32) if wants_gradient else None
         chunk = positions_per_chunk(head.size(0), hidden.device)
         for start in range(0, hidden.size(0), chunk):
-            h, y = hidden[start : start + chunk], labels[start : start + chunk]  # [chunk, width], [chunk]
-            logits, slopes = F.linear(h, weight), None  # [chunk, vocab_size]
+            h, y = hidden[start : start + chunk], labels[start : start + chunk, None]  # [chunk, width], [chunk, 1]
+            logits, slopes = F.linear(h, weight).float(), None  # [chunk, vocab_size]
             if cap is not None:
-                logits = logits.float().div_(cap).tanh_()
+                logits.div_(cap).tanh_()
                 slopes = 1 - logits.square()  # d capped / d logit
                 logits.mul_(cap)
-            largest = logits.amax(-1, keepdim=True).float()  # [chunk, 1]
-            picked = logits.gather(-1, y[:, None]).float()  # [chunk, 1]
-            powers = logits.float().sub_(largest).exp_()  # [chunk, vocab_size]
-            sums = powers.sum(-1, keepdim=True)  # [chunk, 1]
-            total += (sums.log() + largest - picked).sum()
+            largest, picked = logits.amax(-1), logits.gather(-1, y)  # [chunk], [chunk, 1]
+            shares = torch.softmax(logits, -1, out=logits)
+            # The largest share is 1 / sum(exp(logits - largest)); a label's share may be too small for float32.
+            total += (largest - shares.amax(-1).log()).sum() - picked.sum()
             if hidden_grad is None or head_grad is None:
                 continue
-            label_rows, label_inputs = weight[y], h.float()  # [chunk, width] each
+            shares.scatter_add_(-1, y, torch.full_like(picked, -1))
             if slopes is not None:
-                powers.mul_(slopes)
-                at_label = slopes.gather(-1, y[:, None])
-                label_rows, label_inputs = label_rows * at_label, label_inputs * at_label
-            if hidden.dtype == torch.float16:  # its maximum is 65,504: scale rows to a sum below it
-                powers.mul_(256 / sums)
-                sums = torch.full_like(sums, 256)
-            powers = powers.to(hidden.dtype)
-            hidden_grad[start : start + chunk] = (powers @ weight) / sums - label_rows
-            head_grad += powers.T @ (h / sums).to(h.dtype)
-            head_grad.index_add_(0, y, label_inputs, alpha=-1)
+                shares.mul_(slopes)
+            if hidden.dtype == torch.float32:
+                torch.mm(shares, weight, out=hidden_grad[start : start + chunk])
+                head_grad.addmm_(shares.T, h)
+            else:
+                shares = (shares if up == 1 else shares.mul_(up)).to(hidden.dtype)
+                hidden_grad[start : start + chunk] = (shares @ weight).div_(up)
+                head_grad += shares.T @ (h / up)
         if wants_gradient:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype

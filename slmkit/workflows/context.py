@@ -64,7 +64,7 @@ class Silence:
 
     def say(self, line: str | Text) -> None: ...
 
-    def warn(self, line: str) -> None: ...
+    warn = say
 
     def counter(self, label: str, total: int | None = None) -> Progress:
         return lambda *done: None

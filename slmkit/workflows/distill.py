@@ -30,13 +30,13 @@ from slmkit.data.rows.teacher_cache import (
 from slmkit.data.stream import Rows, Stream
 from slmkit.data.streaming import StreamedBatches
 from slmkit.device import Device, find_device
+from slmkit.files import file_sha256
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter
 from slmkit.model.files.directory import empty_decoder
 from slmkit.tokenizer import SLMTokenizer
-from slmkit.training.checkpoints.checkpoint import file_sha256
 from slmkit.training.compilation import compile_blocks, compile_pays
 from slmkit.training.estimate.memory import MemoryProfile
 from slmkit.training.losses import in_chunks

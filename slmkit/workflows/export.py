@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -20,27 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from slmkit.adapt.adapter import fingerprint
-from slmkit.adapt.quantize import DEFAULT_GROUP, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantize import quantized_modules, rounded_copy
 from slmkit.config import UserError, did_you_mean
-from slmkit.export.gguf import plan_tensors
-from slmkit.export.gguf_types import PlannedTensor
-from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.probe import Probe
-from slmkit.export.runtimes import (
+from slmkit.export.compare import (
     EXACT,
     Answers,
     Bounds,
     Parity,
-    Runtime,
-    Slmkit,
-    Transformers,
+    Probe,
     bits_of,
     bounds_of,
     compare,
     mean_divergence,
 )  # fmt: skip
-from slmkit.export.targets import TARGETS, Loaded, Request, Target, as_stored, load, written
-from slmkit.files import staged
+from slmkit.export.gguf import plan_tensors
+from slmkit.export.gguf_types import PlannedTensor
+from slmkit.export.llama_cpp import LlamaCpp
+from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
+from slmkit.export.targets import TARGETS, Request, Target, as_stored, written
+from slmkit.files import file_sha256, staged
 from slmkit.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS
@@ -204,11 +200,7 @@ def record(path: Path) -> dict[str, Any]:
 def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, Any]:
     """What parity.json says beside the figures."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    files = {}
-    for name, path in files_of(made).items():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    files = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files_of(made).items()}
     fingerprints = {"weights": fingerprint(loaded.decoder), "tokenizer": loaded.tokenizer.fingerprint}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "target": to, "kind": kind, "model": loaded.name,
@@ -302,8 +294,7 @@ def _optional(missing: str = "") -> Iterator[None]:
 
 def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
     """The model in slmkit itself, rounded to the nearest codes."""
-    decoder = copy.deepcopy(loaded.decoder)
-    round_to(decoder, to_quantize(decoder, kind, DEFAULT_GROUP[kind], "bfloat16"), DEFAULT_GROUP[kind])
+    decoder = rounded_copy(loaded.decoder, kind)
     wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())
     size = wide + sum(one.codes.nbytes + one.scales.nbytes // 2 for one in quantized_modules(decoder).values())
     return Slmkit(decoder, loaded.tokenizer, size)

@@ -106,31 +106,27 @@ SampleAnswers = Callable[[Decoder, Sequence[np.ndarray], int, int], list[np.ndar
 RewardFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], Score]  # prompt, answer, known answer
 
 
+@dataclass(eq=False)
 class Rollouts(Batches):
     """Batches of answers to shuffled questions, sampled from the model at that step.
 
     Every random number follows from (seed, step, rank), so that weights and step determine a batch.
     """
 
-    def __init__(
-        self,
-        questions: Questions,
-        model: Decoder,
-        reference: Decoder | None,
-        sample: SampleAnswers,
-        score: RewardFunction,
-        settings: GrpoSettings,
-        length: int,
-        seed: int,
-        group: Group,
-    ) -> None:
-        """`reference`: required if `settings.beta` is above 0. Rows have `length` tokens."""
-        self.questions, self.model, self.reference = questions, model, reference
-        self.sample, self.score, self.settings = sample, score, settings
-        self.length, self.seed, self.group = length, seed, group
-        self.pad_id = questions.shards.header.pad_token_id or 0
-        self.rows_per_step = settings.rows_per_step
-        self.rows_in_epoch = len(questions) * settings.num_generations
+    questions: Questions
+    model: Decoder
+    reference: Decoder | None  # required if `settings.beta` is above 0
+    sample: SampleAnswers
+    score: RewardFunction
+    settings: GrpoSettings
+    length: int  # tokens of a row
+    seed: int
+    group: Group
+
+    def __post_init__(self) -> None:
+        self.pad_id = self.questions.shards.header.pad_token_id or 0
+        self.rows_per_step = self.settings.rows_per_step
+        self.rows_in_epoch = len(self.questions) * self.settings.num_generations
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """`[questions * num_generations, length]`, the answers to one question adjacent."""

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from slmkit.adapt.lora import fold
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
-from slmkit.files import free_path, sync
+from slmkit.files import free_path, staged
 from slmkit.find import find_model_directory
 from slmkit.generation.ensemble import common_tokenizer
 from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
-from slmkit.model.files.directory import EXTRA_FILES, load_decoder, save_decoder
+from slmkit.model.files.directory import copy_extras, load_decoder, save_decoder
 from slmkit.model.files.stored import expect_finite
 from slmkit.tokenizer import SLMTokenizer
 
@@ -59,9 +58,7 @@ def write_merge(merge: Merge, progress: Callable[[int], None] = lambda written: 
     first = find_model_directory(merge.recipe.merged[0].model)
     with new_directory(output) as folder:
         merge.write(folder, progress)
-        for name in EXTRA_FILES:
-            if (first / name).is_file():
-                shutil.copyfile(first / name, folder / name)
+        copy_extras(first, folder)
         (folder / MADE_FROM).write_text(to_yaml(merge.recipe), encoding="utf-8")
     return output
 
@@ -72,18 +69,13 @@ def new_directory(final: Path) -> Iterator[Path]:
 
     Raises `UserError` if it cannot be written.
     """
-    fresh = final.with_name(f".{final.name}.{os.getpid()}")
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        for path in fresh.iterdir():
-            sync(path)
-        os.rename(fresh, final)
-        sync(final.parent)
+        with staged(final.absolute().parent, final.name) as folder:
+            fresh = folder / "done" / final.name
+            fresh.mkdir()
+            yield fresh
     except OSError as error:
         raise UserError(f"{final}: the model cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def merge_adapters(model: str | Path, adapters: Sequence[str | Path], output: str | Path | None = None) -> Path:

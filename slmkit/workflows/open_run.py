@@ -14,12 +14,13 @@ from slmkit.data.prepare.corpus import Corpus, open_corpus
 from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
 from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
+from slmkit.files import file_sha256
 from slmkit.find import find_model_directory
 from slmkit.hub import pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import is_adapter
 from slmkit.model.sizes import parameter_count
-from slmkit.training.checkpoints.checkpoint import complete_checkpoints, file_sha256, kept_in, newest_intact
+from slmkit.training.checkpoints.checkpoint import complete_checkpoints, kept_in, newest_intact
 from slmkit.training.diagnostics.xray_page import check_data
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.forecast import PlanFile

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,9 +27,8 @@ from slmkit.files import write_whole
 from slmkit.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
-from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
-from slmkit.model.files.directory import EXTRA_FILES, quantization_of
+from slmkit.model.files.directory import copy_extras, quantization_of
 from slmkit.model.sizes import parameter_count
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.bench import speed_of
@@ -123,33 +121,21 @@ def quantize_model(model: str, request: Request, progress: Callable[[str], None]
             if kind != "int8" and request.method == "gptq":
                 decoder, config = load_model(directory)
                 gptq(decoder, chosen, group, calibration, functools.partial(_say_layer, progress, kind))
-                best, method, note = _better(best, decoder, config, folder, held_out)
-                notes += note
-            for name in EXTRA_FILES:
-                if (source := directory / name).is_file() and not (folder / name).exists():
-                    shutil.copyfile(source, folder / name)
+                save_quantized(decoder, config, folder)
+                calibrated = load_quantized(folder)[0]
+                after, before = loss(calibrated, held_out), loss(best, held_out)
+                if after <= before:
+                    best, method = calibrated, "gptq"
+                else:
+                    save_quantized(best, config, folder)
+                    worse = f"GPTQ is worse on held-out text, {after:.4f} nats against {before:.4f}"
+                    notes += (f"{worse}: rounded instead",)
+            copy_extras(directory, folder)
         progress(f"measuring {output}")
         one = _figures(f"{kind}, groups of {group}", output, best, request, held_out, expected)
         found.append(replace(one, method=method, notes=notes))
         write_whole(output / RESULTS, json.dumps([asdict(each) for each in (found[0], found[-1])], indent=2) + "\n")
     return found
-
-
-def _better(
-    rounded: Decoder, decoder: Decoder, config: SLMConfig, folder: Path, held_out: Tensor
-) -> tuple[Decoder, str, tuple[str, ...]]:
-    """Saves the result of GPTQ, or `rounded` again if that has the lower loss; which it is, and what to say."""
-    save_quantized(decoder, config, folder)
-    of_gptq = load_quantized(folder)[0]
-    after, before = loss(of_gptq, held_out), loss(rounded, held_out)
-    if after <= before:
-        return of_gptq, "gptq", ()
-    save_quantized(rounded, config, folder)
-    return (
-        rounded,
-        "round",
-        (f"GPTQ is worse on held-out text, {after:.4f} nats against {before:.4f}: rounded instead",),
-    )
 
 
 def _say_layer(progress: Callable[[str], None], kind: str, done: int, layers: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -79,8 +78,8 @@ def serve_models(settings: ServeSettings) -> int:
 
     listening = bind(settings.host, settings.port, has_keys=bool(settings.keys))
     if settings.engine != "slm":
-        with contextlib.ExitStack() as stack:
-            return serve_upstream(settings, directories, listening, stack)
+        with tempfile.TemporaryDirectory() as folder:
+            return serve_upstream(settings, directories, listening, Path(folder))
     from slmkit.serving.app import create_app
     from slmkit.serving.models import ServedModel
     from slmkit.serving.worker import Worker
@@ -102,10 +101,10 @@ def serve_models(settings: ServeSettings) -> int:
 
 
 def serve_upstream(
-    settings: ServeSettings, directories: Mapping[str, Path], listening: socket.socket, stack: contextlib.ExitStack
+    settings: ServeSettings, directories: Mapping[str, Path], listening: socket.socket, folder: Path
 ) -> int:
-    """The same with another engine. Temporary files go with `stack`. Raises `UserError` if the engine is not installed,
-    or ends while it loads.
+    """The same with another engine, for whose files there is `folder`. Raises `UserError` if the engine is not
+    installed, or ends while it loads.
     """
     from slmkit.model.files.adapter_directory import is_adapter
     from slmkit.serving.server import serve
@@ -116,7 +115,7 @@ def serve_upstream(
             raise UserError(
                 f"{name}: an adapter; for --engine vllm merge it first: slm merge MODEL --adapter {directory}"
             )
-    engine = vllm(directories) if settings.engine == "vllm" else llama_cpp(directories, settings.max_rows, stack)
+    engine = vllm(directories) if settings.engine == "vllm" else llama_cpp(directories, settings.max_rows, folder)
     upstreams = Upstreams(engine, settings.max_rows + settings.max_queue, settings.request_seconds)
     try:
         upstreams.wait_until_ready()
@@ -127,15 +126,15 @@ def serve_upstream(
         upstreams.stop()
 
 
-def llama_cpp(models: Mapping[str, Path], most_rows: int, stack: contextlib.ExitStack) -> Engine:
-    """llama.cpp with each model: a GGUF as it is; of a directory one is written for as long as the server runs, with
-    weights of the precision that they have. Raises `UserError` if it is not installed, or cannot hold a model.
+def llama_cpp(models: Mapping[str, Path], most_rows: int, folder: Path) -> Engine:
+    """llama.cpp with each model: a GGUF as it is; of a directory one is written into `folder`, with weights of the
+    precision that they have. Raises `UserError` if it is not installed, or cannot hold a model.
     """
     from slmkit.export.llama_cpp import KEY, context_of, import_xllamacpp, server_command
     from slmkit.serving.upstream import Engine, llama_cpp_body
 
     import_xllamacpp()
-    folder, commands, beginnings = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}, dict[str, str]()
+    commands, beginnings = {}, dict[str, str]()
     for number, (name, path) in enumerate(models.items()):
         if path.is_dir():
             path, beginnings[name] = _as_gguf(path, folder / str(number), name)
@@ -148,7 +147,7 @@ def _as_gguf(directory: Path, folder: Path, name: str) -> tuple[Path, str]:
     """The file, and the beginning of each prompt that llama.cpp does not add."""
     from slmkit.export.gguf import write_gguf
     from slmkit.export.gguf_tokenizer import begins_with_bos
-    from slmkit.export.targets import load
+    from slmkit.export.runtimes import load
 
     loaded = load(str(directory), folder / "whole")  # merged and dequantized
     config = json.loads((loaded.source / "config.json").read_text(encoding="utf-8"))

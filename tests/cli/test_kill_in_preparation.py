@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from slmkit.training.checkpoints.checkpoint import file_sha256
+from slmkit.files import file_sha256
 from tests.cli.helpers import TINY, python, slm
 
 STORY = "Once there was a fox who had a kite. The kite flew over the hill and the fox ran after it, laughing. "

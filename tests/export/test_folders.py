@@ -30,8 +30,8 @@ from slmkit.export.folders import (
     write_ollama,
     write_space,
 )
-from slmkit.export.gguf import write_gguf
-from slmkit.model.files.directory import load_decoder, save_decoder
+from slmkit.export.runtimes import Loaded, load
+from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer.chat_pieces import chat_pieces
 from tests.parity.configurations import DRAW, VOCAB
 from tests.parity.twins import twins_of
@@ -147,11 +147,10 @@ def test_gos_own_templates_render_what_jinja_does(tmp_path: Path) -> None:
     assert "the chat template of this model has no system message" in refused
 
 
-def written_for_ollama(source: Path, gguf: Path, folder: Path) -> dict[str, list[str]]:
+def written_for_ollama(source: Path, folder: Path) -> dict[str, list[str]]:
     """The commands of the Modelfile."""
-    write_gguf(source, gguf, "F32")
     folder.mkdir()
-    write_ollama(source, folder, gguf)
+    write_ollama(load(source, folder / "whole"), folder, "F32")
     return modelfile(folder)
 
 
@@ -159,10 +158,10 @@ def test_a_modelfile_has_the_template_the_stops_and_the_settings(model: Path, tm
     source = changed(
         model, tmp_path / "source", do_sample=True, temperature=0.6, top_k=20, max_new_tokens=50, eos_token_id=[0, 3]
     )
-    gguf, folder = tmp_path / "a b.gguf", tmp_path / "ollama"
-    commands = written_for_ollama(source, gguf, folder)
+    folder = tmp_path / "ollama"
+    commands = written_for_ollama(source, folder)
     assert commands["FROM"] == ["./model.gguf"]
-    assert (folder / "model.gguf").read_bytes() == gguf.read_bytes()
+    assert (folder / "model.gguf").is_file()
     assert commands["TEMPLATE"] == [go_template(chat_pieces(SLMTokenizer.from_pretrained(source)))]
     assert commands["PARAMETER stop"] == ["<|endoftext|>", "<|im_end|>"]
     numbers = {name.split()[1]: float(*value) for name, value in commands.items() if name.startswith("PARAMETER")
@@ -175,8 +174,7 @@ def test_a_modelfile_has_the_template_the_stops_and_the_settings(model: Path, tm
 
 def test_greedy_advice_and_a_model_without_template(model: Path, tmp_path: Path) -> None:
     source = changed(model, tmp_path / "source", template=None, do_sample=False, temperature=0.6)
-    gguf, folder = tmp_path / "model.gguf", tmp_path / "ollama"
-    commands = written_for_ollama(source, gguf, folder)
+    commands = written_for_ollama(source, tmp_path / "ollama")
     assert commands["TEMPLATE"] == ["{{ .Prompt }}"]
     assert commands["PARAMETER temperature"] == ["0"]
 
@@ -208,9 +206,8 @@ def test_stops_neither_cut_answers_nor_miss_their_end(model: Path) -> None:
 
 def test_a_template_that_ollama_cannot_say_is_refused(model: Path, tmp_path: Path) -> None:
     source = changed(model, tmp_path / "source", template=LOOP.replace("CONTENT", "m.content | upper"))
-    write_gguf(model, tmp_path / "model.gguf", "F32")
     with pytest.raises(UserError, match="does not write the same text around every message"):
-        write_ollama(source, tmp_path, tmp_path / "model.gguf")
+        write_ollama(load(source, tmp_path / "whole"), tmp_path, "F32")
     assert not (tmp_path / "Modelfile").exists()
 
 
@@ -260,16 +257,14 @@ def in_mlx(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(root / "weight.npy", torch.randn(8, 128, generator=torch.Generator().manual_seed(2)).numpy())
     for number, family in enumerate(IN_MLX):
         twins = twins_of(*settings_for_mlx(family, number % 2))
-        source, folder = tmp_path_factory.mktemp("source"), root / family
-        save_decoder(twins.ours, twins.config, source)
-        SLMTokenizer(260).save_pretrained(source)
+        folder = root / family
         folder.mkdir()
-        write_mlx(source, folder)
+        write_mlx(Loaded(family, twins.ours, twins.config, SLMTokenizer(260), root), folder)
         with torch.no_grad():
             np.save(folder / "expected.npy", twins.theirs(ids).logits.numpy())
     for name, bits in (("talks", None), ("talks-8", 8), ("talks-4", 4)):
         (root / name).mkdir()
-        write_mlx(model, root / name, bits)
+        write_mlx(load(model, root / "whole"), root / name, bits)
     run(sys.executable, HERE / "mlx_child.py", root)
     return root
 
@@ -335,12 +330,12 @@ def test_mlx_reads_the_tokenizer(in_mlx: Path, model: Path) -> None:
     ("settings", "words"),
     [
         ({"model_type": "slm"}, "does not run slm: it runs gpt2, llama"),
-        ({"hidden_act": "relu2"}, "only with hidden_act silu, found relu2"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window .*, found 8"),
-        ({"model_type": "gemma2", **CAPS, "sliding_window": 8}, "only with sliding_window .*, found 8"),
-        ({"model_type": "gemma2", "sliding_window": None}, "attn_logit_softcapping capped scores, found None"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type default, linear or llama3"),
-        ({"model_type": "gpt2", "intermediate_size": 96}, "intermediate_size 4 × hidden_size, found 96"),
+        ({"hidden_act": "relu2"}, "hidden_act is relu2: mlx-lm's llama computes only silu"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window is 8: mlx-lm's mistral"),
+        ({"model_type": "gemma2", **CAPS, "sliding_window": 8}, "sliding_window is 8: mlx-lm's gemma2"),
+        ({"model_type": "gemma2", "sliding_window": None}, "attn_logit_softcapping is None: .* only capped scores"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is .*only default, linear or llama3"),
+        ({"model_type": "gpt2", "intermediate_size": 96}, "intermediate_size is 96: .* only 4 × hidden_size"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

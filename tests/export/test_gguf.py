@@ -26,6 +26,7 @@ from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 from slmkit.config import UserError
 from slmkit.export import gguf as export_gguf
 from slmkit.export import gguf_types
+from slmkit.export.compare import EXACT, Probe, compare
 from slmkit.export.gguf import (
     Loader,
     interleaved,
@@ -38,7 +39,7 @@ from slmkit.export.gguf import (
 )
 from slmkit.export.gguf_types import K_QUANTS, KINDS, PlannedTensor, encoded, k_quantizer
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.runtimes import EXACT, Probe, Slmkit, compare
+from slmkit.export.runtimes import Slmkit
 from slmkit.model.architectures import Architecture
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from slmkit import SLMTokenizer, UserError
+from slmkit.export.compare import EXACT, Probe, compare, probe_strings
 from slmkit.export.gguf import write_gguf
 from slmkit.export.gguf_tokenizer import PRE, RAW
 from slmkit.export.llama_cpp import LlamaCpp
-from slmkit.export.probe import Probe, probe_strings
-from slmkit.export.runtimes import EXACT, Slmkit, compare
+from slmkit.export.runtimes import Slmkit
 from tests.export.small_model import loaded, write_small
 from tests.export.tiny_gguf import CONTEXT, describe_model, write_tiny_gguf
 from tests.tokenizer import kinds

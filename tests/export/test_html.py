@@ -15,9 +15,9 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from slmkit.adapt.load import load_model
 from slmkit.config import UserError
 from slmkit.export import html
+from slmkit.export.compare import EXACT, Probe, compare, probe_strings
 from slmkit.export.html import HtmlPage, write_html
-from slmkit.export.probe import Probe, probe_strings
-from slmkit.export.runtimes import EXACT, Slmkit, compare
+from slmkit.export.runtimes import Slmkit, load
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
@@ -97,7 +97,7 @@ def reference(directory: Path) -> Slmkit:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_page_predicts_what_slmkit_does(name: str, make: Make, chromium: Any, tmp_path: Path) -> None:
     model = make(name)
-    write_html(model, tmp_path / "page.html", "f32")
+    write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "f32")
     ours = reference(model)
     ids = torch.randint(260, (130,), generator=torch.Generator().manual_seed(1)).tolist()
     lengths = [
@@ -130,7 +130,7 @@ def test_rounded_weights_are_as_in_python_and_close_to_the_model(
     kind: str, make: Make, chromium: Any, tmp_path: Path
 ) -> None:
     model = make("slm", hidden_size=48, head_dim=10)
-    write_html(model, tmp_path / "page.html", kind)
+    write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", kind)
     ours, ids = reference(model), [*range(7, 60)]
     with HtmlPage(tmp_path / "page.html", chromium) as page:
         assert page.checked["equal"], page.checked
@@ -141,7 +141,7 @@ def test_rounded_weights_are_as_in_python_and_close_to_the_model(
 def test_a_browser_without_webassembly_computes_the_same(make: Make, chromium: Any, tmp_path: Path) -> None:
     model = make("gemma2", max_position_embeddings=80)
     for kind in html.KINDS:
-        write_html(model, tmp_path / "page.html", kind)
+        write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", kind)
         with HtmlPage(tmp_path / "page.html", chromium) as page:
             expected = page.log_probs([*range(40)], [1, 40])
             page.page.goto((tmp_path / "page.html").as_uri() + "?kernels=javascript")
@@ -187,7 +187,7 @@ def test_ids_are_those_of_python(
     monkeypatch.setitem(MADE, "llama-bpe", partial(split_by, LLAMA_BPE))
     monkeypatch.setitem(MADE, "words", partial(split_by, r"\w+|\d|[^\w\s]|\s|(?i:[skfi]|ve)"))
     model = make("llama", directory_of(kind, tmp_path))
-    write_html(model, tmp_path / "page.html")
+    write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "int8")
     tokenizer = SLMTokenizer.from_pretrained(model)
     spellings = [*tokenizer.special_tokens, *tokenizer.added_words]
     strings = strings if kind in ("byte-level", "llama-bpe", "gemma-like") else strings[:1000]
@@ -219,7 +219,7 @@ def test_a_tokenizer_that_javascript_would_read_differently_is_refused_by_name(
     monkeypatch.setitem(MADE, "odd", lambda: (tokenizer, config))
     model = make("llama", directory_of("odd", tmp_path))
     with pytest.raises(UserError, match=named) as error:
-        write_html(model, tmp_path / "page.html")
+        write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "int8")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "page.html").exists()
 
@@ -254,7 +254,7 @@ def said(page: Any, text: str, **settings: str) -> list[str]:
 
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_a_conversation_by_hand(width: int, dark: bool, make: Make, chromium: Any, tmp_path: Path) -> None:
-    write_html(make("qwen3"), tmp_path / "page.html")
+    write_html(load(make("qwen3"), tmp_path / "whole"), tmp_path / "page.html", "int8")
     page = opened(chromium, tmp_path / "page.html", width, dark)
     assert page.locator("#checked").text_content() == "checked: equal to slmkit"
     first = said(page, "a <b>cat</b>", tokens="12", seed="3")
@@ -284,7 +284,7 @@ def test_a_text_is_continued_and_every_end_token_stops_it(make: Make, chromium: 
     end = next(token for token in said_by_us[4:] if token not in said_by_us[:4])
     config = {"eos_token_id": [ours.tokenizer.eos_token_id, end]}
     (model / "generation_config.json").write_text(json.dumps(config))
-    write_html(model, tmp_path / "page.html", "f32")
+    write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "f32")
     page = opened(chromium, tmp_path / "page.html")
     page.locator("#settings").evaluate("settings => settings.open = true")
     page.check("#continue")
@@ -305,7 +305,7 @@ def test_what_a_model_contains_is_data(make: Make, chromium: Any, tmp_path: Path
     (tmp_path / "template.jinja").write_text(f"{evil}{template}<|im_start|>assistant\n")
     added = plain.extended(str(tmp_path / "template.jinja"), added_tokens=[evil, "<!--"])
     added.save_pretrained(directory)
-    write_html(make("llama", directory), tmp_path / "page.html")
+    write_html(load(make("llama", directory), tmp_path / "whole"), tmp_path / "page.html", "int8")
     tokenizer = SLMTokenizer.from_pretrained(directory)
     with HtmlPage(tmp_path / "page.html", chromium) as page:
         assert page.checked["equal"]
@@ -320,7 +320,7 @@ def test_what_a_model_contains_is_data(make: Make, chromium: Any, tmp_path: Path
 
 def test_characters_come_whole(make: Make, chromium: Any, tmp_path: Path) -> None:
     """Byte tokens, of which several make one character, are shown when it is complete."""
-    write_html(make("llama"), tmp_path / "page.html")
+    write_html(load(make("llama"), tmp_path / "whole"), tmp_path / "page.html", "int8")
     page = opened(chromium, tmp_path / "page.html")
     pieces = page.evaluate(
         """() => new Promise((resolve) => {
@@ -339,24 +339,22 @@ def test_a_larger_model_and_what_does_not_fit_are_refused_in_one_line(make: Make
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "MOST_PARAMETERS", 1000)
         with pytest.raises(UserError, match=r"parameters; an HTML page has at most 1,000: use --to gguf") as error:
-            write_html(model, page)
+            write_html(load(model, tmp_path / "whole"), page, "int8")
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="the tokenizer has 262 ids, the model rows for 261"):
-        write_html(make("llama", vocab_size=261), page)
-    with pytest.raises(UserError, match="type 'q4': an HTML page has f32, f16, int8, int4"):
-        write_html(model, page, "q4")
+    with pytest.raises(UserError, match="no rows for the tokenizer's ids 261 to 261"):
+        write_html(load(make("llama", vocab_size=261), tmp_path / "whole"), page, "int8")
     for value, kind, words in ((7e4, "f16", "beyond float16"), (float("nan"), "int8", "not finite")):
         decoder, config = load_model(model)
         decoder.blocks[0].mlp.up.weight.data[3, 3] = value
         save_decoder(decoder, config, model)
         with pytest.raises(UserError, match=words):
-            write_html(model, page, kind)
+            write_html(load(model, tmp_path / "whole"), page, kind)
     assert not page.exists()
 
 
 def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    write_html(make("llama"), path)
+    write_html(load(make("llama"), tmp_path / "whole"), path, "int8")
     text = path.read_text()
     path.write_text(text.replace("b * cosine + a * sine", "b * cosine - a * sine"))
     with pytest.raises(UserError, match=r"page.html: the page's own check fails: log-probabilities differ by"):
@@ -373,7 +371,7 @@ def test_a_page_that_computes_something_else_says_so(make: Make, chromium: Any, 
 
 def test_a_damaged_page_or_another_one_is_an_error_of_one_line(make: Make, chromium: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    write_html(make(), page, "int8")
+    write_html(load(make(), tmp_path / "whole"), page, "int8")
     whole = page.read_text()
     middle = whole.rindex('class="weights">') + 100
     for damaged in ("", "<h1>mine</h1>", whole[: len(whole) // 2], f"{whole[:middle]}?{whole[middle + 1 :]}"):

@@ -27,8 +27,9 @@ import onnxruntime
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
 from slmkit.export import onnx as exporter
+from slmkit.export.compare import Probe, bounds_of, compare
 from slmkit.export.onnx import CHAT, GRAPH, SCRIPT, OnnxRuntime, prepare, save_graph, write_onnx
-from slmkit.export.runtimes import Probe, Slmkit, bounds_of, compare
+from slmkit.export.runtimes import Slmkit, load
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import save_decoder
@@ -245,7 +246,7 @@ def folders(trained: tuple[Path, torch.Tensor], tmp_path_factory: pytest.TempPat
             made[kind] = tmp_path_factory.mktemp(kind)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(exporter, "LARGEST_FILE", 1000 if kind == "int4" else exporter.LARGEST_FILE)
-                write_onnx(trained[0], made[kind], kind)
+                write_onnx(load(trained[0], made[kind].parent / "whole"), made[kind], kind)
         return made[kind]
 
     return folder
@@ -375,7 +376,7 @@ def without_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_ends_of_config_and_tokenizer_are_in_the_folder(trained: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     directory = changed_copy(trained[0], tmp_path, lambda state: state)
     (directory / "generation_config.json").write_text('{"eos_token_id": [17, 19]}')
-    write_onnx(directory, made_in(tmp_path), "fp32")
+    write_onnx(load(directory, tmp_path / "whole"), made_in(tmp_path), "fp32")
     tokenizer = SLMTokenizer.from_pretrained(directory)
     written = json.loads((tmp_path / "folder" / "generation_config.json").read_text())["eos_token_id"]
     assert {17, 19, tokenizer.eos_token_id, tokenizer.end_of_turn_id} <= set(written)
@@ -415,10 +416,10 @@ def test_weights_beyond_a_type_are_refused_by_name(
 
     directory = changed_copy(trained[0], tmp_path, change)
     if problem is None:
-        write_onnx(directory, made_in(tmp_path), kind)
+        write_onnx(load(directory, tmp_path / "whole"), made_in(tmp_path), kind)
     else:
         with pytest.raises(UserError, match=problem):
-            write_onnx(directory, made_in(tmp_path), kind)
+            write_onnx(load(directory, tmp_path / "whole"), made_in(tmp_path), kind)
 
 
 @pytest.mark.usefixtures("without_the_graph")
@@ -428,7 +429,7 @@ def test_ids_without_a_row_are_named(trained: tuple[Path, torch.Tensor], tmp_pat
         directory
     )
     with pytest.raises(UserError, match="no rows for the tokenizer's ids 400 to 401"):
-        write_onnx(directory, made_in(tmp_path), "fp32")
+        write_onnx(load(directory, tmp_path / "whole"), made_in(tmp_path), "fp32")
 
 
 @pytest.mark.usefixtures("without_the_graph")
@@ -440,7 +441,7 @@ def test_activations_beyond_float16_are_refused(trained: tuple[Path, torch.Tenso
             state[f"model.layers.0.mlp.{part}_proj.weight"] *= value
 
     with pytest.raises(UserError, match="hidden states are beyond float16's 65,504"):
-        write_onnx(changed_copy(trained[0], tmp_path, change), made_in(tmp_path), "fp16")
+        write_onnx(load(changed_copy(trained[0], tmp_path, change), tmp_path / "whole"), made_in(tmp_path), "fp16")
 
 
 def test_large_weights_are_in_a_second_file_of_a_plain_name(folders: Callable[[str], Path]) -> None:

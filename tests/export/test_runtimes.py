@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from slmkit.adapt.quantize import round_to, to_quantize
 from slmkit.config import UserError
 from slmkit.export import runtimes
-from slmkit.export.probe import Probe, probe_strings
-from slmkit.export.runtimes import EXACT, Answers, Runtime, Slmkit, Transformers, bounds_of, compare
+from slmkit.export.compare import EXACT, Answers, Probe, bounds_of, compare, probe_strings
+from slmkit.export.runtimes import Runtime, Slmkit, Transformers
 from slmkit.model.decoder import Decoder
 from tests.export.small_model import CONTEXT, LLAMA3, ORIGINAL, loaded, small_config, write_small
 

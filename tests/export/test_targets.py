@@ -11,7 +11,8 @@ pytest.importorskip("xllamacpp")
 
 from slmkit.config import UserError
 from slmkit.export.gguf import write_gguf
-from slmkit.export.targets import as_stored, load
+from slmkit.export.runtimes import load
+from slmkit.export.targets import as_stored
 from tests.export.random_models import MODELS, config_of, write_model
 
 

@@ -16,7 +16,7 @@ from slmkit.cli.show import load_for_generation
 from slmkit.config import UserError
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.engine import Engine, Request
-from slmkit.generation.generator import IdStream, TextStream
+from slmkit.generation.generator import TextStream, generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.generation_config import new_tokens
@@ -132,8 +132,8 @@ def test_a_model_that_says_nothing_is_sampled_as_usual(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{not json", "not readable JSON"),
-        ("[1]", "expected an object, found list"),
+        ("{not json", "not a readable generation_config.json: "),
+        ("[1]", "expected an object, found a list"),
         *[
             (json.dumps({"do_sample": True, key: value}), f"generation_config.json: {key}")
             for key, value in [
@@ -228,9 +228,9 @@ def test_a_length_that_the_prompt_fills_is_one_line() -> None:
 
 
 def stream_ids(decoder: Any, tokenizer: Any) -> list[int]:
-    known = tokenizer.known_ids
-    prompt = tokenizer.encode_prompt("a")
-    return list(IdStream(decoder, prompt, max_new_tokens=9, stop_ids=set(), settings=GREEDY, known=known))
+    prompt = torch.tensor([tokenizer.encode_prompt("a")])
+    asked = {"max_new_tokens": 9, "stop_ids": set(), "settings": GREEDY, "pad_token_id": 0}
+    return generate_ids(decoder, prompt, known=tokenizer.known_ids, **asked)[0, prompt.size(1) :].tolist()
 
 
 def test_settings_that_are_not_obeyed_are_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

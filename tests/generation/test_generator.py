@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.generation.generator import IdStream, generate_ids
+from slmkit.generation.engine import Engine, Event, Request
+from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import save_decoder
@@ -38,10 +40,17 @@ def generate(
     return generate_ids(decoder, prompt, max_new_tokens=count, stop_ids=stop_ids, settings=settings, pad_token_id=PAD)
 
 
-def stream(
+def events(
     decoder: Decoder, prompt: torch.Tensor, count: int, stop_ids: set[int] = frozenset(), settings=GREEDY
-) -> IdStream:
-    return IdStream(decoder, prompt[0].tolist(), max_new_tokens=count, stop_ids=stop_ids, settings=settings)
+) -> Iterator[Event]:
+    """What the engine says of one request, as it is asked for the next step."""
+    engine = Engine(decoder)
+    engine.insert(Request(prompt[0].tolist(), count, settings, stop_ids))
+    return (event for _ in range(count) if engine.is_busy for event in engine.step())
+
+
+def stream(decoder: Decoder, prompt: torch.Tensor, count: int, settings=GREEDY) -> Iterator[int]:
+    return (event.token for event in events(decoder, prompt, count, settings=settings))
 
 
 @pytest.mark.parametrize("length", [1, 5, 30])
@@ -86,9 +95,7 @@ def test_a_row_in_a_batch_is_the_row_alone(decoder: Decoder) -> None:
 @pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(temperature=0.8, top_p=0.9, seed=7)])
 def test_a_stream_gives_what_a_batch_of_one_gives(decoder: Decoder, settings: SamplingSettings) -> None:
     whole = generate(decoder, ids(1, 6), 30, settings=settings)
-    tokens = stream(decoder, ids(1, 6), 30, settings=settings)
-    assert list(tokens) == whole[0, 6:].tolist()
-    assert tokens.tokens == 30
+    assert list(stream(decoder, ids(1, 6), 30, settings)) == whole[0, 6:].tolist()
 
 
 @pytest.mark.parametrize("padding", [None, torch.tensor([2, 0])], ids=["as long", "padded"])
@@ -118,17 +125,15 @@ def test_it_ends_where_the_context_is_full(decoder: Decoder) -> None:
 def test_a_stream_says_whether_length_or_context_ended_it(
     decoder: Decoder, count: int, reason: str, tokens: int
 ) -> None:
-    limited = stream(decoder, ids(1, 60), count)
-    assert limited.finish_reason is None
-    assert len(list(limited)) == tokens
-    assert limited.finish_reason == reason
+    said = list(events(decoder, ids(1, 60), count))
+    assert [event.finish_reason for event in said] == [*[None] * (tokens - 1), reason]
 
 
 def test_a_stream_ends_with_the_stop_token_and_says_so(decoder: Decoder) -> None:
     free = list(stream(decoder, ids(1, 5), 20))
-    stopped = stream(decoder, ids(1, 5), 20, stop_ids={free[6]})
-    assert list(stopped) == free[: free.index(free[6]) + 1]
-    assert stopped.finish_reason == "stop"
+    stopped = list(events(decoder, ids(1, 5), 20, stop_ids={free[6]}))
+    assert [event.token for event in stopped] == free[: free.index(free[6]) + 1]
+    assert stopped[-1].finish_reason == "stop"
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(decoder: Decoder) -> None:
@@ -157,7 +162,7 @@ def test_no_new_tokens_at_all_is_refused(decoder: Decoder) -> None:
 
 def test_between_two_tokens_model_and_gradients_are_as_the_caller_left_them() -> None:
     decoder = build_decoder(tiny(hidden_dropout=0.5), seed=4).train()
-    tokens = iter(stream(decoder, ids(1, 3), 10))
+    tokens = stream(decoder, ids(1, 3), 10)
     said = [next(tokens)]
     assert all(module.training for module in decoder.modules())
     assert torch.is_grad_enabled()
@@ -181,13 +186,13 @@ def test_a_step_that_fails_leaves_the_model_in_the_mode_it_was_in(monkeypatch: p
     decoder = build_decoder(tiny()).train()
     monkeypatch.setattr(decoder.blocks[1], "forward", lambda *inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(iter(stream(decoder, ids(1, 3), 3)))
+        next(stream(decoder, ids(1, 3), 3))
     assert decoder.training
     assert not torch.is_inference_mode_enabled()
 
 
 def test_streams_of_one_model_do_not_disturb_each_other(decoder: Decoder) -> None:
-    first, second = iter(stream(decoder, ids(1, 5), 8)), iter(stream(decoder, ids(1, 9), 12))
+    first, second = stream(decoder, ids(1, 5), 8), stream(decoder, ids(1, 9), 12)
     taken: tuple[list[int], list[int]] = ([], [])
     for _ in range(8):
         taken[0].append(next(first))

@@ -337,7 +337,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
 }  # fmt: skip
 # Keys whose effect is the same model by another way, or needs several processes: where that is shown.
 ELSEWHERE = {
-    "license": "tests/export/test_model_card.py",
+    "license": "tests/workflows/test_model_card.py",
     "train.gradient_checkpointing": "tests/test_families_life.py",
     "train.compile": "tests/training/test_compilation.py",
     "train.parallel": "tests/training/test_distributed.py",

@@ -24,8 +24,9 @@ from slmkit.adapt.load import start_adapter
 from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
 from slmkit.export import gguf, targets
+from slmkit.export.compare import Parity
 from slmkit.export.html import write_html
-from slmkit.export.runtimes import Parity
+from slmkit.export.runtimes import load
 from slmkit.export.targets import TARGETS, Request
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import load_decoder
@@ -387,7 +388,6 @@ STOPPED = EXPORT.replace(
     """
 import os, time
 from slmkit.export import targets
-from slmkit.export.html import write_html
 write = targets.write_shards
 def slow(*arguments):
     write(*arguments)
@@ -441,7 +441,7 @@ def test_verify_compares_what_is_installed(model: Path, monkeypatch: pytest.Monk
 
 @needs_llama_cpp
 def test_a_page_without_a_record_says_its_kind(model: Path, tmp_path: Path) -> None:
-    write_html(model, tmp_path / "page.html", "f16")
+    write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "f16")
     assert workflow.kind_of(tmp_path / "page.html", "html") == "f16"
 
 

@@ -384,7 +384,7 @@ def test_damaged_shards_are_named_and_hide_no_others(runs: Path) -> None:
     (runs / "stories" / "data" / "train" / "00000.tokens").write_bytes(b"12")
     functions = of(runs)
     found = {one["name"]: one.get("problem") for one in functions["data_sets"]()["sets"]}
-    assert "cannot be read" in found["chat/train"]
+    assert "not a readable header.json" in found["chat/train"]
     assert found["answers/dpo/train"] is None
     with pytest.raises(UserError, match="prepare the data again"):
         functions["rows"](data_set="stories/train")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from slmkit.config import UserError
+from slmkit.config import UserError, importing
 from slmkit.data.ordered_map import ordered_map
 from slmkit.data.prepare.text_to_shards import Progress, TextShards, prepare_text
 from slmkit.data.shards.folder import Finished, ShardFolder, ShardWork, encode, write_shard
@@ -90,10 +90,8 @@ def _tokenizer(directory: str) -> SLMTokenizer:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Context with the connected `ray` module; shuts down what it started. Raises `UserError` if it cannot connect."""
-    try:
+    with importing("preparing on a cluster needs Ray: pip install slmkit[cluster]"):
         import ray
-    except ImportError:
-        raise UserError("preparing on a cluster needs Ray: pip install slmkit[cluster]") from None
     is_ours = not ray.is_initialized()
     if is_ours:
         try:

@@ -14,9 +14,7 @@ during reading is an error, not a crash.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -26,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from slmkit.config import UserError
+from slmkit.config import UserError, read_json_object
+from slmkit.files import file_sha256
 from slmkit.tokenizer import SLMTokenizer
 
 FORMAT = "slmkit-tokens"
@@ -234,24 +233,18 @@ def damaged_file(directory: Path, shard: Shard) -> Path | None:
     """The first file of a shard whose checksum is wrong; None if there is none. Raises `OSError` for a missing one."""
     for kind, expected in shard.sha256.items():
         path = directory / f"{shard.name}.{kind}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                return path
+        if file_sha256(path) != expected:
+            return path
     return None
 
 
 def read_header(directory: Path) -> Header:
     """The header of `directory`. Raises `UserError` if there is none, or if it is not one of token shards."""
     path = directory / HEADER
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory}: no token shards here ({HEADER} is missing); make them with `slm data prepare`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; prepare the data again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not path.exists():
+        raise UserError(f"{directory}: no token shards here ({HEADER} is missing); make them with `slm data prepare`")
+    content = read_json_object(path, "prepare the data again")
+    if content.get("format") != FORMAT:
         raise UserError(f"{path}: not the header of token shards")
     if content.get("version") != VERSION:
         raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import io
 import re
 import sys
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slmkit.config import UserError
+from slmkit.config import importing
 from slmkit.data.sources.documents import PIECE, WORDS, BadRow, Document, Item, Position, cut_point
+from slmkit.files import file_sha256
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 WRITTEN: tuple[str, ...] = (*WORDS["written"],)  # kinds of files with one text each
@@ -101,9 +101,7 @@ def local_file(path: str | Path) -> File:
 
 def described(path: Path) -> dict[str, Any]:
     """Path, size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def kind_of(name: str) -> str:
@@ -127,12 +125,10 @@ def listed(kinds: Sequence[str]) -> str:
 
 def pyarrow() -> Any:
     """The module `pyarrow`. Raises `UserError` if it is not installed."""
-    try:
+    with importing("reading .parquet and .zst files needs pyarrow: pip install slmkit[train]"):
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError:
-        raise UserError("reading .parquet and .zst files needs pyarrow: pip install slmkit[train]") from None
     return pyarrow
 
 

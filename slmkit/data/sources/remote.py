@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from slmkit.config import UserError, did_you_mean, one_line
+from slmkit.config import UserError, did_you_mean, importing, one_line
 from slmkit.data.sources.documents import PIECE
 from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
 from slmkit.data.sources.folders import Chosen, choose, find
@@ -263,11 +263,9 @@ def _downloaded_file(url: str) -> File:
 
 
 def _datasets() -> Any:
-    try:
+    with importing("data sets of the hub need one more package: pip install slmkit[hub]"):
         import datasets
         import datasets.exceptions
         from huggingface_hub.utils import logging
-    except ImportError:
-        raise UserError("data sets of the hub need one more package: pip install slmkit[hub]") from None
     logging.set_verbosity_error()  # its retries are not shown; a final failure is one line of ours
     return datasets

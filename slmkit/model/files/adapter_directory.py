@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from slmkit.config import Settings, UserError
+from slmkit.config import Settings, UserError, read_json_object
 from slmkit.find import find_model_directory
 from slmkit.hub import HubName, hub_directory, hub_name
 
@@ -36,11 +35,8 @@ def base_of(directory: str | Path) -> Path:
     Raises `UserError` if the adapter does not name its base, or the base does not exist.
     """
     path = Path(directory) / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        named, revision = content.get("base_model_name_or_path"), content.get("revision")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable adapter_config.json: {error}") from None
+    content = read_json_object(path)
+    named, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(named, str) or not named:
         raise UserError(f"{path}: does not say which model it adapts: put its directory in base_model_name_or_path")
     of_its_run = Path(directory).resolve().parents[1] / "base"  # for a run whose folder was moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ EXTRA_FILES = (
 )  # fmt: skip
 # Constants that older versions of transformers stored among the weights.
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """Copy the files of a model beside config and weights, except those that `folder` has."""
+    for name in EXTRA_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def save_decoder(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
-from slmkit.config import Settings, UserError, load_settings
+from slmkit.config import Settings, UserError, load_settings, read_json_object
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
@@ -61,14 +60,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     Raises `UserError` with the path for a file that is not a JSON object, and for a wrong value of a supported key.
     """
     path = directory / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error}); correct or remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, found {type(content).__name__}; correct or remove it")
+    content = read_json_object(path, "correct or remove it")
     load_settings(GenerationAdvice, content, origin=str(path))
     return content
 

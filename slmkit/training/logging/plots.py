@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from slmkit.config import UserError
+from slmkit.config import UserError, importing
 from slmkit.training.logging.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -139,10 +139,8 @@ def plot_runs(runs: Sequence[str | Path], output: Path, over: Axis = "tokens", w
     loss. Raises `UserError` for a run without figures or without the requested ones, for losses of different kinds, and
     without matplotlib.
     """
-    try:
+    with importing("drawing needs matplotlib: pip install slmkit[train]"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install slmkit[train]") from None
     reports = [_reports(Path(run)) for run in runs]
     if what is None and all(_points(each, "step", CURVES["right"].trained) for each in reports):
         what = "right"

@@ -20,7 +20,6 @@ from slmkit.config import UserError, one_line, read_yaml
 from slmkit.data.settings import CleaningSettings
 from slmkit.evaluation.intervals import estimate
 from slmkit.evaluation.results import FORMS, TaskResult
-from slmkit.export.model_card import METHODS, READ_TEXT, TRAINING_KEYS
 from slmkit.files import read_text, write_whole
 from slmkit.find import find_run
 from slmkit.model.architectures import architecture_of
@@ -33,6 +32,7 @@ from slmkit.training.recipe.changes import leaves_of
 from slmkit.workflows.evaluation.cache import known_results
 from slmkit.workflows.evaluation.report_curves import ERROR, TASKS, charts_of
 from slmkit.workflows.page_data import DAMAGED, checkpoints_of, samples_of, text_of
+from slmkit.workflows.push import METHODS, READ_TEXT, TRAINING_KEYS
 
 PAGE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 6  # evaluations whose samples are open; the others are folded

@@ -152,8 +152,8 @@ def test_a_truncated_or_missing_file_is_found_when_opening(tmp_path: Path, name:
     ("content", "expected"),
     [
         (None, "no token shards here"),
-        ("{", "cannot be read"),
-        ("[]", "not the header of token shards"),
+        ("{", "not a readable header.json: "),
+        ("[]", "expected an object, found a list"),
         ('{"format": "slmkit-tokens", "version": 3}', "format version 3, this slmkit reads 2"),
         ('{"format": "slmkit-tokens", "version": 2, "shards": []}', "damaged header"),
     ],

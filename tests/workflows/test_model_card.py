@@ -19,10 +19,9 @@ from slmkit import SLMConfig, SLMForCausalLM, SLMTokenizer
 from slmkit.cli import app
 from slmkit.config import load_settings
 from slmkit.export.gguf import write_gguf
-from slmkit.export.model_card import Known, markdown, model_card
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import SILENCE
-from slmkit.workflows.push import card_of
+from slmkit.workflows.push import Known, card_of, markdown, model_card
 from slmkit.workflows.train import train_recipe
 
 CONFIG = SLMConfig(
