@@ -46,21 +46,12 @@ def plan(
     Example: slm plan own-text data.source=book.txt model.hidden_size=192
     Example: slm plan llama-3.2-1b --gpus 64 train.sequence_length=2048
     """
-    from pathlib import Path
-
     from slmkit.cli.show import TerminalReporter
-    from slmkit.config import UserError, to_yaml
     from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
-    budget = hours is not None or tokens is not None
-    if recipe is not None and "=" in recipe and budget:  # there is no recipe: the first argument is an override
-        overrides, recipe = [recipe, *(overrides or [])], None
-    if recipe is not None and (budget or output is not None):
-        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
-    if gpus is not None and recipe is None:
-        raise UserError("--gpus is for a recipe: slm plan RECIPE --gpus 8")
-    if recipe is None and (hours is None) == (tokens is None):
-        raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
+    if recipe is not None and "=" in recipe and (hours is not None or tokens is not None):
+        overrides, recipe = [recipe, *(overrides or [])], None  # there is no recipe: the first argument is an override
+    _expect_what_fits_together(recipe, hours, tokens, output, gpus)
     reporter = TerminalReporter()
     loaded = None
     if recipe is not None:
@@ -68,7 +59,7 @@ def plan(
     from slmkit.workflows.plan import plan_on_gpus, plan_recipe, propose  # imports torch: after the arguments
 
     if loaded is not None and gpus is not None:
-        _show_cluster(*plan_on_gpus(loaded, gpus, gpu), gpu)
+        _show_on_gpus(*plan_on_gpus(loaded, gpus, gpu), gpu)
         return
     reporter.say("looking at this machine")
     if loaded is None:
@@ -76,12 +67,35 @@ def plan(
     else:
         result = plan_recipe(loaded, measure, reporter.say)
     _show(result)
-    if output is not None:
-        Path(output).write_text(to_yaml(result.recipe), encoding="utf-8")
-        named = result.recipe.data.source or result.recipe.data.sources
-        print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
-    elif recipe is None:
+    if recipe is None:
+        _write(result, output)
+
+
+def _write(result: RunEstimate, output: str | None) -> None:
+    """Write the proposed recipe, or say how to."""
+    from pathlib import Path
+
+    from slmkit.config import to_yaml
+
+    if output is None:
         print("\nto train it, write the recipe to a file: the same command with -o mine.yaml")
+        return
+    Path(output).write_text(to_yaml(result.recipe), encoding="utf-8")
+    named = result.recipe.data.source or result.recipe.data.sources
+    print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
+
+
+def _expect_what_fits_together(
+    recipe: str | None, hours: float | None, tokens: float | None, output: str | None, gpus: int | None
+) -> None:
+    from slmkit.config import UserError
+
+    if recipe is not None and (hours is not None or tokens is not None or output is not None):
+        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
+    if gpus is not None and recipe is None:
+        raise UserError("--gpus is for a recipe: slm plan RECIPE --gpus 8")
+    if recipe is None and (hours is None) == (tokens is None):
+        raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
 
 
 def _show(result: RunEstimate) -> None:
@@ -143,7 +157,7 @@ def _loss(result: RunEstimate) -> str:
     return "not estimated: for so few tokens the published laws do not hold"
 
 
-def _show_cluster(step: ClusterEstimate, tokens: int, gpu: str) -> None:
+def _show_on_gpus(step: ClusterEstimate, tokens: int, gpu: str) -> None:
     from slmkit.cli.show import count, gibibytes
     from slmkit.training.logging.progress import clock
 

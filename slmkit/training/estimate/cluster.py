@@ -56,6 +56,7 @@ AGREEMENTS, TCP_HOP = 3, 30e-6
 RESERVED = 3e9  # bytes for CUDA, NCCL's buffers, and the chunk of logits, which is larger than a CPU's
 UPDATE_BYTES = 28  # that AdamW reads and writes for each number of its share: float32 weight, gradient and two moments
 TO_HOST, TO_DISK = 10e9, 1e9  # bytes/s of copying to rank 0's memory, and of writing to a shared file system
+FILLED = 0.9  # share of a GPU's memory that `micro_batch_tokens: auto` fills
 FP32 = 4  # bytes
 
 
@@ -130,9 +131,29 @@ def step_of_a_rank(
     return tracker.peak, tracker.exchanged
 
 
+def rows_and_memory(
+    profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, gpus: int, gpu: Gpu
+) -> tuple[int, int]:
+    """How many of the `rows` of a GPU go into a micro-batch, and its peak bytes. `micro_batch_tokens: auto` takes all,
+    or half of them, and so on, until they fit.
+    """
+
+    def memory(at_once: int) -> int:
+        parts = 2 if at_once < rows else 1  # whole gradients are held between micro-batches
+        return int(RESERVED) + step_of_a_rank(profile, settings, at_once, length, device, gpus, parts)[0]
+
+    at_once = min(rows, settings.rows_per_micro_batch(length))
+    needed = memory(at_once)
+    while settings.micro_batch_tokens == "auto" and needed > FILLED * gpu.memory and at_once > 1:
+        at_once = -(-at_once // 2)
+        needed = memory(at_once)
+    return at_once, needed
+
+
 def forecast_on_gpus(profile: MemoryProfile, settings: TrainSettings, gpus: int, name: str) -> ClusterEstimate:
-    """The forecast of a step on `gpus` GPUs called `name`. `micro_batch_tokens: auto` takes the most that fits after
-    halving. Raises `UserError` for an unknown GPU, and for more GPUs than a step has rows.
+    """The forecast of a step on `gpus` GPUs called `name`.
+
+    Raises `UserError` for an unknown GPU, and for more GPUs than a step has rows.
     """
     if name not in GPUS:
         raise UserError(f"unknown GPU {name!r}; known: {', '.join(GPUS)}")
@@ -143,19 +164,8 @@ def forecast_on_gpus(profile: MemoryProfile, settings: TrainSettings, gpus: int,
     step_rows = settings.rows_per_step(length)
     if step_rows < gpus:
         raise UserError(f"a step has {step_rows} rows for {gpus} GPUs: raise train.tokens_per_step")
-    all_rows = rows = -(-step_rows // gpus)  # of one GPU
-
-    def memory(rows: int) -> int:
-        parts = 2 if rows < all_rows else 1  # whole gradients are held between micro-batches
-        return int(RESERVED) + step_of_a_rank(profile, settings, rows, length, device, gpus, parts)[0]
-
-    if settings.micro_batch_tokens == "auto":
-        while (needed := memory(rows)) > 0.9 * gpu.memory and rows > 1:
-            rows = -(-rows // 2)
-    else:
-        rows = min(rows, settings.rows_per_micro_batch(length))
-        needed = memory(rows)
-    micro_batches, tokens, depth = -(-all_rows // rows), rows * length, len(model.blocks)
+    rows, memory = rows_and_memory(profile, settings, -(-step_rows // gpus), length, device, gpus, gpu)
+    micro_batches, tokens, depth = -(-step_rows // (gpus * rows)), rows * length, len(model.blocks)
 
     # Seconds of a block's products, forward and backward, and of the head's, in a micro-batch.
     flops = StepFlops(model, length)
@@ -188,7 +198,7 @@ def forecast_on_gpus(profile: MemoryProfile, settings: TrainSettings, gpus: int,
         waiting=waiting,
         update=UPDATE_BYTES * padded_numbers(model, gpus) / gpus / gpu.bandwidth,
         agreement=AGREEMENTS * (gpus - 1) * TCP_HOP,
-        memory_bytes=needed,
+        memory_bytes=memory,
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=(gathering + checkpoint / TO_HOST, checkpoint / TO_DISK),
         model_flops=flops.of_step(1, 1),
