@@ -60,7 +60,7 @@ LENGTHS = [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768]
 LONGEST_FULL = 16_384  # tokens; at 32,768 full attention takes two minutes a step, and is left out
 # One layer of attention and little else, for lengths: heads of 64, as the base has.
 LONG = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "num_hidden_layers": 2, "rows": 1}
-LEAST_SECONDS, MOST_STEPS = 1.5, 10  # of the measured steps of one point
+LEAST_SECONDS, MOST_STEPS = 1.0, 8  # of the measured steps of one point
 AGREEMENTS = 50  # gatherings of three numbers from all processes, whose mean time is taken
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["slmkit.training.fit", "torch.distributed.fsdp"])
@@ -122,7 +122,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             ids = torch.randint(config.vocab_size, (rows, length + 1))
             batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * length)
             seconds: list[float] = []
-            while len(seconds) < 2 or (group.sum(*seconds[1:])[0] < LEAST_SECONDS and len(seconds) < MOST_STEPS):
+            while len(seconds) < 2 or (group.sum(sum(seconds[1:]))[0] < LEAST_SECONDS and len(seconds) < MOST_STEPS):
                 started, before = clock(), loopback_bytes()
                 train_step(state, next_token, batch, plan)
                 group.sum(0)  # all ranks have ended their step
@@ -211,9 +211,9 @@ def key_of(point: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in point.items() if value != BASE[name]) or "base"
 
 
-def measure_all(chosen: list[str], smoke: bool, budget: float, jobs: int) -> None:
+def measure_all(chosen: list[str], results: Path, smoke: bool, budget: float, jobs: int) -> None:
     """Measure what is missing in the results, `jobs` points at a time, and write each as it comes."""
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() and not smoke else {"points": {}}
+    content = json.loads(results.read_text()) if results.exists() and not smoke else {"points": {}}
     content |= {"base": BASE, "environment": environment() | find_device("cpu", "float32").describe()}
     began, writing = time.monotonic(), threading.Lock()
 
@@ -226,7 +226,7 @@ def measure_all(chosen: list[str], smoke: bool, budget: float, jobs: int) -> Non
             print(f"{key}: {rate:,.0f} tokens/s, {memory:,.0f} MiB", flush=True)
             content["points"][key] = found | {"date": datetime.date.today().isoformat()}
             if not smoke:
-                RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+                results.write_text(json.dumps(content, indent=1) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool:
         waiting = []
@@ -238,13 +238,13 @@ def measure_all(chosen: list[str], smoke: bool, budget: float, jobs: int) -> Non
             each.result()
 
 
-def calculate_all() -> dict[str, Any]:
+def calculate_all(results: Path) -> dict[str, Any]:
     """The results, with what is calculated for every point."""
-    content = json.loads(RESULTS.read_text())
+    content = json.loads(results.read_text())
     for point in content["points"].values():
         if "predicted_memory_bytes" not in point:
             point |= predicted(point)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    results.write_text(json.dumps(content, indent=1) + "\n")
     return content["points"]
 
 
@@ -252,15 +252,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(sweeps()), help="some of: %(default)s")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further point after these")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="points with one thread that may run side by side")
     parser.add_argument("--smoke", action="store_true", help="one tiny point of each; writes nothing")
     parser.add_argument("--measure", action="store_true", help="neither calculate nor draw")
     parser.add_argument("--draw", action="store_true", help="only calculate and draw")
     arguments = parser.parse_args()
     if not arguments.draw:
-        measure_all(arguments.only.split(","), arguments.smoke, arguments.seconds, arguments.jobs)
+        measure_all(arguments.only.split(","), arguments.results, arguments.smoke, arguments.seconds, arguments.jobs)
     if not (arguments.smoke or arguments.measure):
-        draw(calculate_all(), DOCS)
+        draw(calculate_all(arguments.results), DOCS)
 
 
 if __name__ == "__main__":
