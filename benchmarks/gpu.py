@@ -1,12 +1,15 @@
 """The presets' recipes on this machine: real steps on the built-in stories, tokens a second, memory and MFU.
 
-python -m benchmarks.gpu                  # about a minute each, on a CUDA device; nothing is downloaded
+python -m benchmarks.gpu                  # all in some ten minutes, on a CUDA device; nothing is downloaded
+python -m benchmarks.gpu parity           # the parity tests that need a GPU, alone
 python -m benchmarks.gpu decode           # generation alone: 1.24 B in bfloat16, beside transformers, in a minute
 python -m benchmarks.gpu --smoke          # seconds, on any machine, with small shapes
 python -m benchmarks.gpu --rows 4 --out benchmarks/results/presets-cpu.json     # anywhere, in small steps
 
 Optimizer, schedule, precision, batch and length are each recipe's own; the text and its tokenizer are not: token ids of
-the stories, spread over the preset's whole vocabulary, so that embedding and loss do the work of the real one.
+the stories, spread over the preset's whole vocabulary, so that embedding and loss do the work of the real one. Beside
+each recipe, transformers and a plain loop, compiled, with autocast to bfloat16 and fused AdamW, take steps of as many
+tokens from the same weights, in the largest micro-batch up to slmkit's that fits; there is no dropout in any of them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import datetime
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,10 +32,12 @@ import torch
 
 from benchmarks.decode import by_slmkit, by_transformers, in_turn, prompts, scaled_decoder
 from benchmarks.figures import spread
+from benchmarks.training import OPTIMIZER
+from benchmarks.training_worker import by_loop
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.stream import PretrainRows, Stream
-from slmkit.device import find_device, measured_peak, peak_memory, reset_peak_memory, seconds_to_read
+from slmkit.device import Device, find_device, measured_peak, peak_memory, reset_peak_memory, seconds_to_read
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
@@ -41,12 +48,13 @@ from slmkit.training.fit import fresh_state, make_plan
 from slmkit.training.logging.metrics_log import environment
 from slmkit.training.loop import Every, Report, State, StopRequested, train
 from slmkit.training.objective import next_token
-from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
+from slmkit.training.recipe.recipe import Recipe, TrainSettings, find_recipe, load_recipe
 from slmkit.workflows.bench import bytes_of_a_step
 
 # What their own documents claim, as far as they do.
 CLAIMS = {"gemma-3-270m": "0.3 s an iteration of 32 × 128 tokens and 12 GB, on a T4"}
 PRESETS = ("vector-slm", "vector-clm-50m", "llama-3.2-1b", "gemma-3-270m", "smallm-60m")
+PARITY = "parity"  # tests/parity/test_cuda.py
 DECODE = "decode"  # greedy generation with the weights of the preset below, random ones
 DECODED, BATCHES, PROMPT, NEW, ROUNDS = "llama-3.2-1b", (1, 4, 16), 64, 256, 5
 SMOKE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -90,7 +98,7 @@ def steps_of(
     """Take a recipe's steps for `seconds`, after two that warm up and compile; or steps of so many rows."""
     recipe: Recipe = load_recipe(find_recipe(preset), overrides)
     changes = SMOKE | SMOKE_OF.get(preset, SMOKE_REST) if smoke else {}
-    config = SLMConfig.from_preset(preset, **changes)
+    config = SLMConfig.from_preset(preset, **changes, hidden_dropout=0.0, attention_dropout=0.0)
     settings = recipe.train
     length = 32 if smoke else settings.sequence_length or config.max_position_embeddings
     if smoke:
@@ -121,7 +129,7 @@ def steps_of(
         train(state, next_token, stream, plan, [Every(1, note)], stop)
     times = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(reports[1:])]
     rate = settings.rows_per_step(length) * length / statistics.median(times)
-    return {
+    figures: dict[str, object] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "changed": [*overrides],
         "optimizer": settings.optimizer,
@@ -137,6 +145,57 @@ def steps_of(
         "claimed": CLAIMS.get(preset),
         "device": device.describe(),
     }
+    del model, state  # before the peers' memory is measured
+    torch._dynamo.reset()
+    return figures | {"peers": by_peers(config, settings, length, device, seconds)}
+
+
+def by_peers(
+    config: SLMConfig, settings: TrainSettings, length: int, device: Device, seconds: float
+) -> dict[str, object]:
+    """Speed and memory of transformers and of the plain loop, compiled, with steps of as many tokens."""
+    rows = settings.rows_per_step(length)
+    ids = torch.randint(config.vocab_size, (8, rows, length + 1), generator=torch.Generator().manual_seed(0))
+    found: dict[str, object] = {}
+    for peer in ("transformers", "plain"):
+        if config.model_type not in ("gpt2", "llama") if peer == "plain" else not find_spec("transformers"):
+            continue
+        micro_batch, times, losses = settings.rows_per_micro_batch(length), list[float](), list[float]()
+        with tempfile.TemporaryDirectory() as folder:
+            save_decoder(build_decoder(config, seed=0), config, folder)
+            while not times:
+                reset_peak_memory(device)
+                spec = {
+                    "peer": peer, "model": folder, "device": str(device.torch_device), "micro_batch": micro_batch,
+                    "compile": device.torch_device.type == "cuda", "precision": "bfloat16", "optimizer": OPTIMIZER,
+                    "max_grad_norm": 1.0, "limit": seconds,
+                }  # fmt: skip
+                try:
+                    losses, times = by_loop(spec, ids)
+                except torch.OutOfMemoryError:
+                    if micro_batch == 1:
+                        break
+                    micro_batch //= 2
+        torch._dynamo.reset()
+        if times:
+            found[peer] = {
+                "tokens_per_second": round(rows * length / statistics.median(times[1:] or times)),
+                "micro_batch": [micro_batch, length],
+                "peak_memory_gib": round(peak_memory(device) / 2**30, 2),
+                "first_and_last_loss": [round(losses[0], 3), round(losses[-1], 3)],
+            }
+        else:
+            found[peer] = {"failed": "out of memory with one row at once"}
+    return found
+
+
+def parity() -> dict[str, object]:
+    """The result of the parity tests that need a GPU."""
+    tests = Path(__file__).parents[1] / "tests" / "parity" / "test_cuda.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", tests], capture_output=True, text=True
+    )
+    return {"passed": done.returncode == 0, "pytest": done.stdout.strip().splitlines()[-1]}
 
 
 def decoding(smoke: bool) -> dict[str, object]:
@@ -176,8 +235,8 @@ def decoding(smoke: bool) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", default=[*PRESETS, DECODE], help="of them, and decode")
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("presets", nargs="*", default=[*PRESETS, PARITY, DECODE], help="of them")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of steps, of a preset and of each peer")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: only to see that it runs")
     parser.add_argument("--rows", type=int, help="of a step and of its micro-batch, where the recipe's are too many")
     parser.add_argument("--override", action="append", default=[], help="of the recipes, such as train.precision=…")
@@ -191,6 +250,8 @@ def main() -> None:
             seconds = 1.0 if arguments.smoke else arguments.seconds
             if preset == DECODE:
                 found[preset] = decoding(arguments.smoke)
+            elif preset == PARITY:
+                found[preset] = parity()
             else:
                 found[preset] = steps_of(preset, seconds, arguments.smoke, arguments.rows, arguments.override)
         except UserError as error:  # out of memory, or an extra that is missing: the others go on

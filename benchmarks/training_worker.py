@@ -8,7 +8,9 @@ environment. Every peer but slmkit, which has its own, is driven by the same loo
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -26,7 +28,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # ids and labels [rows, le
 
 def plain(directory: Path, length: int) -> tuple[nn.Module, Loss]:
     """`benchmarks/plain_loop.py`."""
-    from plain_loop import load_plain
+    from benchmarks.plain_loop import load_plain
 
     def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
@@ -78,8 +80,11 @@ PEERS: dict[str, Callable[[Path, int], tuple[nn.Module, Loss]]] = {
 
 
 def by_loop(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[float]]:
-    """Losses and seconds of every step of a peer.  batches [steps, rows, length + 1]"""
-    from plain_loop import adamw
+    """Losses and seconds of every step of a peer.  batches [steps, rows, length + 1]
+
+    With `spec["limit"]` it stops after the step in which it has run for so many seconds since the first one.
+    """
+    from benchmarks.plain_loop import adamw
 
     device = torch.device(spec["device"])
     model, loss = PEERS[spec["peer"]](Path(spec["model"]), batches.size(2) - 1)
@@ -100,6 +105,8 @@ def by_loop(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[fl
         optimizer.step()
         losses.append(float(total))
         seconds.append(time.perf_counter() - began)
+        if sum(seconds[1:]) > spec.get("limit", math.inf):
+            break
     return losses, seconds
 
 
@@ -136,12 +143,24 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
     batches = load_file(spec["batches"])["ids"][: spec["steps"]]
-    losses, seconds = (by_slmkit if spec["peer"] == "slmkit" else by_loop)(spec, batches)
+    train = by_slmkit if spec["peer"] == "slmkit" else by_loop
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler if spec.get("profile") else contextlib.nullcontext():
+        losses, seconds = train(spec, batches)
     if spec["device"].startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"losses": losses, "seconds": seconds, "peak_bytes": peak}))
+    found = {"losses": losses, "seconds": seconds, "peak_bytes": peak}
+    print(json.dumps(found | ({"profile": shares(profiler)} if spec.get("profile") else {})))
+
+
+def shares(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Each operation's share of the time of all, without the operations that it calls; those above half a percent."""
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(times.values())
+    largest = sorted(times.items(), key=lambda item: -item[1])
+    return {name: round(time / whole, 4) for name, time in largest if time > 0.005 * whole}
 
 
 if __name__ == "__main__":
