@@ -57,7 +57,7 @@ BASE = {
     "length": 256, "rows": 4, "window": 0, "threads": 1, "world": 1, "parallel": "ddp",
 }  # fmt: skip
 LENGTHS = [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768]
-LONGEST_FULL = 16_384  # tokens; at 32,768 full attention takes two minutes a step, and is left out
+LONGEST_FULL = 16_384  # tokens; at 32,768 full attention takes most of a minute a step, and is left out
 # One layer of attention and little else, for lengths: heads of 64, as the base has.
 LONG = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "num_hidden_layers": 2, "rows": 1}
 LEAST_SECONDS, MOST_STEPS = 1.0, 8  # of the measured steps of one point
