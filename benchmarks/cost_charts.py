@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from slmkit.training.estimate.forecast import HELD  # of a byte in use, since glibc keeps freed blocks
+
 Points = dict[str, dict[str, Any]]
 BLUE, ORANGE, GREEN, GREY = "#4c86c6", "#e0913a", "#58a36b", "#9a9a9a"  # light, and apart in grey print as well
 AXES = {  # of each sweep: what varies, and its label
@@ -47,7 +49,12 @@ def _picture(
         axes.set_title(title, fontsize=10)
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, which="both")
+        if axes.get_yscale() == "log":
+            for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                of(lambda value, place: f"{value:,.4g}" if f"{value:e}"[0] in "125" else "")
+        else:
+            axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
@@ -78,7 +85,11 @@ def _lines(speed: Axes, memory: Axes, points: list[dict[str, Any]], axis: tuple[
     speed.plot(sizes, foretold(points), "--", color=GREY, label="by FLOPs, at the best point's rate")
     memory.plot(sizes, [point["memory_bytes"] / 2**20 for point in points], "o-", color=BLUE, label="measured")
     memory.plot(
-        sizes, [point["predicted_memory_bytes"] / 2**20 for point in points], "--", color=GREY, label="calculated"
+        sizes,
+        [point["predicted_memory_bytes"] * HELD / 2**20 for point in points],
+        "--",
+        color=GREY,
+        label="calculated",
     )
     for axes in (speed, memory):
         axes.set_xscale("log", base=2)
@@ -94,7 +105,7 @@ def _by_length(speed: Axes, memory: Axes, points: list[dict[str, Any]]) -> None:
         speed.plot(lengths, [rate(point) for point in of], "o-", color=color, label=label)
         speed.plot(lengths, foretold(of), "--", color=color, alpha=0.6, label=f"{label}, by FLOPs")
         memory.plot(lengths, [point["memory_bytes"] / 2**20 for point in of], "o-", color=color, label=label)
-        said = [point["predicted_memory_bytes"] / 2**20 for point in of]
+        said = [point["predicted_memory_bytes"] * HELD / 2**20 for point in of]
         memory.plot(lengths, said, "--", color=color, alpha=0.6, label=f"{label}, calculated")
     lengths = sorted({point["length"] for point in points})
     for axes in (speed, memory):
@@ -110,5 +121,5 @@ def _by_processes(speed: Axes, memory: Axes, points: list[dict[str, Any]]) -> No
     colors = [{"ddp": GREEN, "fsdp": ORANGE}[point["parallel"]] if point["world"] > 1 else BLUE for point in of]
     speed.bar(names, [rate(point) for point in of], color=colors, width=0.6, label="all processes together")
     memory.bar(names, [point["memory_bytes"] / 2**20 for point in of], color=colors, width=0.6, label="of each process")
-    said = [point["predicted_memory_bytes"] / 2**20 for point in of]
+    said = [point["predicted_memory_bytes"] * HELD / 2**20 for point in of]
     memory.plot(names, said, "_", color="#404040", markersize=24, label="calculated")

@@ -194,10 +194,12 @@ def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, l
 def run_step(
     profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, where: torch.device
 ) -> None:
-    """A training step of the profile's models, on zeros, in the types of `device`."""
+    """A training step of the profile's models, of at most two micro-batches of zeros, in the types of `device`."""
     decoder, frozen = profile.built(where)
     optimizers = optimizers_after_a_step(decoder, settings, device)
-    step_of(decoder, optimizers, profile.objective(frozen), profile.batch(rows, length).to(where), settings, device)
+    objective, batch = profile.objective(frozen), profile.batch(rows, length).to(where)
+    parts = 2 if rows < settings.rows_per_step(length) else 1  # later micro-batches find gradients in memory
+    step_of(decoder, optimizers, objective, batch, settings, device, micro_batches=parts)
 
 
 def step_of(

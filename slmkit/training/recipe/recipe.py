@@ -77,6 +77,7 @@ class ModelSettings(Settings):
 
 LENGTHS = ("max_tokens", "max_steps", "num_train_epochs")
 WARMUP_RATIO = 0.05
+USUAL_AT_ONCE = 8_192  # tokens of a micro-batch on an accelerator
 ENDLESS = "the length of a stream is not known: set train.max_tokens or train.max_steps, and not num_train_epochs"
 
 
@@ -88,8 +89,9 @@ class TrainSettings(Settings):
 
     sequence_length: int | None = Field(None, gt=1)  # tokens of a row; None: the model's max_position_embeddings
     tokens_per_step: int = Field(8_192, gt=0)  # tokens of one optimizer step, of all processes together
-    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
-    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
+    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits;
+    # None: 2^18 / hidden_size on a CPU, where more is hardly faster, and 8,192 elsewhere
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     max_tokens: int | None = Field(None, gt=0)  # stop after this many trained tokens
     max_steps: int | None = Field(None, gt=0)  # stop after this many optimizer steps
     num_train_epochs: float | None = Field(None, gt=0)  # stop after this many passes over the data
@@ -169,7 +171,8 @@ class TrainSettings(Settings):
         """Rows per micro-batch; for `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
         if self.micro_batch_tokens == "auto":
             return self.rows_per_step(sequence_length)
-        return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
+        at_once = max(1, (self.micro_batch_tokens or USUAL_AT_ONCE) // sequence_length)
+        return min(self.rows_per_step(sequence_length), at_once)
 
     def total_steps(self, rows_in_epoch: int | None, sequence_length: int) -> int:
         """Optimizer steps of the whole run, at least one. Raises `UserError` for epochs of unknown length."""
