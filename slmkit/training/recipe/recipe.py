@@ -116,7 +116,8 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0)  # gradients with a larger norm are scaled down to it
     # every n-th layer is recomputed in the backward pass: less memory; 0: none
     gradient_checkpointing: int = Field(0, ge=0)
-    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
+    # torch.compile of each block; auto: on CUDA devices, and on a CPU in long runs where it is measured to be faster
+    compile: Literal["auto"] | bool = "auto"
     logging_steps: int = Field(10, gt=0)  # steps from one line of metrics.jsonl to the next
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: at most ten evaluations in a run
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: one at each evaluation
