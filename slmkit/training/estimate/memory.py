@@ -145,14 +145,14 @@ class AllocationTracker(TorchDispatchMode):
             self._change(storage, size)
             return resize(storage, size)
 
-        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_share, types)):  # the same operation on this process's part follows
             return NotImplemented
         indices = args[1] if func is torch.ops.aten.index.Tensor else []
