@@ -1,13 +1,14 @@
 # make quickstart   the whole life of a small model, offline, in minutes
 # make test         everything the project promises, checked
 # make test-fast    units, one family of parity, the shape of the code: under two minutes
-# make test-browser the page in Chromium (Debian: apt-get install chromium); SLMKIT_SCREENSHOTS=FOLDER keeps pictures
+# make test-browser the page in Chromium (Debian: apt-get install chromium-headless-shell, which takes less than
+#                   chromium); SLMKIT_SCREENSHOTS=FOLDER keeps pictures
 # make test-kill    a run killed a hundred times and resumed, compared with one that nobody killed
 # make test-transformers4   the comparisons with transformers 4
 # make test-space   the page of a Space, with gradio beside what is installed (its versions are not those of the rest)
 # make test-hosts   two hosts, one of which is lost in mid-run (root, iproute2)
 # make test-load    the server with 500 clients that leave, 50 that do not read, and attacks of many kinds
-# make test-long    models read far past their trained length
+# make test-long    everything in its long form: more cases at random, more exports, models read far past their length
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,9 +46,9 @@ test-space: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --target $(VENV)/gradio --upgrade gradio==6.31.0
 	PYTHONPATH=$(VENV)/gradio OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_folders.py -k page_of_a_space
 
-# A model of 8,192 positions read at 32,768 and 131,072: half an hour.
+# Tests that have a longer form (`tests/long.py`) in that form: an hour, half of it for 131,072 tokens.
 test-long: $(VENV)/.installed-test
-	SLMKIT_TEST_LONG=1 $(BIN)/python -m pytest tests/parity/test_long.py
+	SLMKIT_TEST_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $$(grep -l "^from tests.long import" -r tests)
 
 # Hundreds of clients, and schemathesis: some minutes.
 test-load: $(VENV)/.installed-test

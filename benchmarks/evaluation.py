@@ -2,6 +2,7 @@
 
 python -m benchmarks.evaluation MODEL --task-data FOLDER            # agreement: 200 items a task; speed: 50 items
 python -m benchmarks.evaluation --random --task-data FOLDER         # a Llama of 37 M parameters, 16,384 tokens
+python -m benchmarks.evaluation MODEL --task-data FOLDER --tasks gsm8k --items 0     # the speed of one task alone
 
 Agreement: each answer of the two is compared, in float32. Speed: tokens of the requests by processor time of one
 thread, since wall-clock time on a shared machine measures the others too; the Hugging Face backend with the batch size
@@ -93,12 +94,14 @@ def agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def compared(model: Path, data: Path, items: int, speed_items: int, rounds: int) -> dict[str, Any]:
+def compared(
+    model: Path, data: Path, names: Sequence[str], items: int, speed_items: int, rounds: int
+) -> dict[str, Any]:
     decoder, _ = load_model(model, torch.device("cpu"))
     tokenizer, result = SLMTokenizer.from_pretrained(model), {"agreement": {}, "speed": {}}
     theirs = theirs_of(model, 32, "float32")
-    for name in (*SCORED, GENERATED):
-        count = 20 if name == GENERATED else items
+    for name in names if items else ():
+        count = min(20, items) if name == GENERATED else items
         lm = EngineLM(decoder, tokenizer, max_new_tokens=48)
         requests = requests_of(lm, load_tasks([name], data=data, shots=0), count)
         for one in requests.get("generate_until", []):
@@ -108,6 +111,8 @@ def compared(model: Path, data: Path, items: int, speed_items: int, rounds: int)
         result["agreement"][name] = [agreement(ours[kind], expected[kind]) for kind in requests]
         print(name, result["agreement"][name], flush=True)
     for name, shots in ((SCORED[0], 0), ("arc", 0), ("arc", 5), ("piqa", 0), ("lambada", 0), (GENERATED, 0)):
+        if name not in names:
+            continue
         few = 20 if name == GENERATED else speed_items
         lm = EngineLM(decoder, tokenizer, max_new_tokens=48)
         requests = requests_of(lm, load_tasks([name], data=data, shots=shots), few)
@@ -137,7 +142,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--random", action="store_true", help="a random Llama of 37 M parameters instead")
     parser.add_argument("--task-data", type=Path, required=True)
-    parser.add_argument("--items", type=int, default=200, help="of each task, for agreement")
+    parser.add_argument("--tasks", nargs="+", default=[*SCORED, GENERATED])
+    parser.add_argument("--items", type=int, default=200, help="of each task, for agreement; 0: none")
     parser.add_argument("--speed-items", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -148,11 +154,13 @@ def main() -> None:
             tasks = load_tasks(["hellaswag", "lambada"], data=args.task_data, shots=0)
             docs = [str(doc) for task in tasks.values() for doc in task.eval_docs]
             model = random_model(Path(folder), iter(docs))
-        found = compared(model, args.task_data, args.items, args.speed_items, args.rounds)
+        found = compared(model, args.task_data, args.tasks, args.items, args.speed_items, args.rounds)
     key = "random 37M" if args.random else "quickstart"
     stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     versions = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
-    stored[key] = {"date": datetime.date.today().isoformat(), "versions": versions, **found}
+    before = stored.get(key, {})
+    parts = {part: before.get(part, {}) | figures for part, figures in found.items()}
+    stored[key] = {"date": datetime.date.today().isoformat(), "versions": versions, **parts}
     RESULTS.write_text(json.dumps(stored, indent=2) + "\n")
 
 

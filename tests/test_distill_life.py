@@ -24,6 +24,8 @@ from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.ranks import on_ranks
 
+pytestmark = pytest.mark.usefixtures("module_without_plan_and_pictures")
+
 THINGS = ("kite", "drum", "boat", "lamp")
 CHATS = [
     {"messages": [{"role": "user", "content": f"What has {name}?"}, {"role": "assistant", "content": f"A {thing}."}]}

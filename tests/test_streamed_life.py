@@ -14,6 +14,8 @@ from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent, evaluated
 
+pytestmark = pytest.mark.usefixtures("module_without_plan_and_pictures")
+
 WORDS = {"foxes": "the fox ran over the hill and sang", "owls": "an owl sat in a tree and slept"}
 
 

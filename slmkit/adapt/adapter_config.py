@@ -13,12 +13,8 @@ from pydantic import Field
 from slmkit.config import UserError, load_settings, read_json_object
 from slmkit.model.families import Family
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, LoRASettings, scale_of
+from slmkit.model.files.published import HARMLESS
 
-# Keys that do not affect the result, or are redundant with the file's tensors.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "layers_pattern", "megatron_core",
-    "peft_version", "qalora_group_size", "rank_pattern", "revision", "runtime_config", "task_type",
-}  # fmt: skip
 WEIGHT = r"(\.weight)?"  # at the end of a pattern: peft compares it with names of modules or of weights
 # Initialisations of A and B that leave the base unchanged; others change it, and it is not stored with the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -64,7 +60,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         raise UserError(f"{path}: bias {bias!r}: trained biases are not supported; expected none")
     known = {key: content.pop(key) for key in tuple(content) if key in AdapterConfig.model_fields}
     for key, value in content.items():
-        if key not in HARMLESS and value not in (None, False, {}, []):
+        if key not in HARMLESS["adapter"] and value not in (None, False, {}, []):
             raise UserError(f"{path}: {key} is {value!r}, which is not supported")
     known = {key: value for key, value in known.items() if value is not None}
     if known.get("target_parameters"):

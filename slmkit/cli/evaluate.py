@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -205,18 +204,11 @@ def expect_new_file(option: str, path: str | None) -> None:
 
 
 def figure(result: TaskResult, metric: str) -> str:
-    """`0.3120 ± 0.0147`: the figure and its standard error, which one item alone does not have; `0.0000 (0.0000 to
-    0.0229)`, with the interval, for none or all of 164, whose standard error is 0.
-    """
-    from slmkit.evaluation.intervals import estimate
+    """`0.3120 ± 0.0147`, or `0.0000 (0.0000 to 0.0229)`."""
+    from slmkit.evaluation.intervals import in_digits
 
-    score = result.score(metric)
-    if score.standard_error == 0:
-        found = estimate(result, metric)
-        return f"{score.value:,.4f} ({found.low:,.4f} to {found.high:,.4f})"
-    digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
-    error = "" if score.standard_error is None else f" ± {score.standard_error:,.{digits}f}"
-    return f"{score.value:,.{digits}f}{error}"
+    value, error = in_digits(result, metric)
+    return f"{value} ({error})" if " to " in error else f"{value} {error}".rstrip()
 
 
 def print_recipes(found: Sequence[tuple[str, TaskResult]]) -> None:

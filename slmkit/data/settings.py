@@ -90,7 +90,8 @@ class DataSettings(Settings):
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     separate_documents: bool = False  # attention and positions do not cross the borders of documents
     documents: int = Field(20_000, gt=0)  # documents of the built-in corpus
-    primer_documents: int = Field(0, ge=0)  # mixed into the stories, so that the model does not forget the primer
+    # scenes and further stories, with questions, that are mixed into the stories: they teach to look back in the text
+    primer_documents: int = Field(0, ge=0)
     # validation documents of the built-in corpus, of streams and of `validation`
     validation_documents: int = Field(300, gt=0)
 

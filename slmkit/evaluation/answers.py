@@ -4,16 +4,16 @@ r"""Numbers and exact match: what counts as the same answer.
 
 - The first number after the last `\boxed{`; else after the last `####`; else after the last "answer is", "answer:" or
   `<answer>`, in all of them after the last `=` of the line; else the last number of the text.
-- `1,234.5`, `1 234` with non-breaking spaces, `1{,}234`, `.5`, `1.5e3`, `1.5 × 10^3`, `1/2`, `\frac{1}{2}`, `3 1/2`,
-  `½` and `1.5 million` are numbers, in the digits of any script. Currency, `%`, units and emphasis are dropped: `18%`
-  is 18.
+- `1,234.5`, `1 234 567`, `1.234.567`, `1 234` with a non-breaking space, `1{,}234`, `.5`, `1.5e3`, `1.5 × 10^3`,
+  `1/2`, `\frac{1}{2}`, `3 1/2`, `½`, `1.5 million`, `$3k` and `12,50 €` are numbers, in the digits of any script.
+  Currency, `%`, units and emphasis are dropped: `18%` is 18.
 - A minus sign (also `−` and `–`) touches its number or the currency before it, and no letter, digit or bracket stands
   in front: `10-3` is 10 and 3, `- 5` is 5.
-- No numbers: words (`seven`), powers (`2^10`), dates (`5/6/2023`), what follows a letter (`CO2`, `x_1`), `1/0`, more
-  than 1,000 digits, exponents of four digits. In a box and in an expected answer also `5x`, `3\pi`, `2\sqrt{3}` and
-  `(1, 2)`: they are more than one number.
-- Ambiguous, and read so: `1,234` is one number, not a list; `1.234` is a decimal, not a German thousand; `1,2` is two;
-  `5-7` is 5 and 7; `0.333` is not 1/3.
+- No numbers: words (`seven`), powers (`2^10`), dates (`5/6/2023`), times and ratios (`3:30`), versions (`1.5.2`), what
+  follows a letter (`CO2`, `x_1`), `1/0`, more than 1,000 digits, exponents of four digits. In a box and in an expected
+  answer also `5x`, `3\pi`, `2\sqrt{3}` and `(1, 2)`: they are more than one number.
+- Ambiguous, and read so: `1,234` is one number, not a list; `1.234` is a decimal, not a German thousand; `1,2` is two,
+  unless euros, złoty or crowns follow; `1 234` is two; `5-7` is 5 and 7; `0.333` is not 1/3.
 """
 
 from __future__ import annotations
@@ -33,33 +33,38 @@ NORMALISATION = (  # what `normalised` does, in this order: a part of the recipe
 )
 LONGEST = 1000  # digits
 GROUPING = re.compile(r"(?<=\d)(?<!\d{4})(?:[\u00a0\u2007\u2009\u202f_'\u2019]|\{,\}|,?\\[,!;])(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?: \d{3}){2,}|(?:\.\d{3}){2,}(?!\.\d))(?!\d)")
+EURO, CENTS = r"(?:€|EUR\b|[Ee]uros?\b|zł|kr\b)", r"(?<![\d.,])(?:\d{1,3}(?:[. ]\d{3})+|\d+),\d\d?"
+DECIMAL_COMMA = re.compile(rf"{EURO} ?{CENTS}(?![\d,])|{CENTS}(?= ?{EURO})")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(
     rf"""(?<![A-Za-z\d^])(?<!\^\{{)(?<![A-Za-z\d]_)(?<![A-Za-z\d]_\{{)(?<![A-Za-z\d]\^[-+])(?<!\^\{{[-+])
-    (?:(?<![A-Za-z\d)\]}}])(?P<sign>[-+]))?(?:(?:\\?[$€£¥₹]|(?:USD|EUR|GBP|Rs\.?))\ ?)?(?P<inner>-(?=[\d.\\]))?
-    (?:(?P<other>\d+\s?\^\s?\{{?[-+]?\w+|\d+(?:/\d+){{2,}})
+    (?:(?<![A-Za-z\d)\]}}])(?P<sign>[-+]))?(?P<money>(?:\\?[$€£¥₹]|(?:USD|EUR|GBP|Rs\.?))\ ?)?(?P<inner>-(?=[\d.\\]))?
+    (?:(?P<other>\d+\s?\^\s?\{{?[-+]?\w+|\d+(?:(?:/\d+){{2,}}|(?::\d+)+|(?:\.\d+){{2,}}))
       |(?:(?P<whole>\d+)\s?)?\\[dt]?frac\s?(?:\{{(?P<over>-?(?:{DIGITS}))\}}\{{(?P<under>{DIGITS})\}}|(?P<short>\d\d))
       |(?:(?P<units>\d+)\ )?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])
       |(?P<digits>{DIGITS})(?:[eE](?P<exponent>[-+]?\d+)(?!\w)
         |\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{{?(?P<ten>[-+]?\d+)\}}?)?
-        (?:\ (?P<scale>thousand|million|billion|trillion)\b)?)""",
+        (?:\ (?P<scale>thousand|million|billion|trillion)\b|(?(money)(?P<letter>[kKMB]|bn)\b(?!\$)|(?!)))?)""",
     re.VERBOSE,
 )
-SCALE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALE = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "K": 3, "M": 6, "B": 9, "bn": 9}
 MARKS = (r"\\boxed\s?\{?", r"####(?=[^A-Za-z\n#\d]{0,20}\d)", r"(?i:<answer>|answer\W{0,4}(?:\bis\b|:|=))")
 EXPRESSION = re.compile(r"[+*/^_<>]|\\(?:sqrt|pi|log|cdot|times|pm)\b|(?<![A-Za-z\\])[abknxyz](?![A-Za-z])")
 
+UNITS = re.compile(r"\\(?:text|mathrm|mbox)(?:\s?\{[^}\d]*\}|\b)|\^\s?\{?\\circ\}?|°")
+
 
 def plain(text: str) -> str:
-    """NFKC, but `10²` becomes `10^2`, `3½` becomes `3 1/2`; digits grouped by a non-breaking space are joined."""
-    text = GROUPING.sub(
-        "", text.translate({0x2212: "-", 0x2013: "-", 0x2010: "-", 0x2011: "-", 0x200B: "", 0xFEFF: ""})
-    )
+    """NFKC, but `10²` becomes `10^2`, `3½` `3 1/2`; digits of a number stand together, with a decimal point."""
+    text = GROUPING.sub("", text.translate(dict.fromkeys(map(ord, "−–‐‑"), "-") | dict.fromkeys((0x200B, 0xFEFF), "")))
     kinds = {"<super>": "^", "<fraction>": " "}
-    return "".join(
+    text = "".join(
         kinds.get(unicodedata.decomposition(character).partition(" ")[0], "") + unicodedata.normalize("NFKC", character)
         for character in unicodedata.normalize("NFC", text)
     ).replace("\u2044", "/")
+    text = DECIMAL_COMMA.sub(lambda match: re.sub(r"(?<=\d)[. ](?=\d)", "", match[0]).replace(",", "."), text)
+    return THOUSANDS.sub(lambda match: re.sub("[. ]", "", match[0]), text)
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -76,17 +81,13 @@ def value_of(match: re.Match[str]) -> Fraction | None:
         return None
     value = Fraction(over) / Fraction(under) if over else Fraction(part["digits"])
     value += Fraction(part["whole"] or part["units"] or 0)
-    value *= Fraction(10) ** (int(part["exponent"] or part["ten"] or 0) + SCALE.get(part["scale"], 0))
+    value *= Fraction(10) ** (int(part["exponent"] or part["ten"] or 0) + SCALE.get(part["scale"] or part["letter"], 0))
     return -value if (part["sign"] == "-") != bool(part["inner"]) else value
 
 
 def only_number(expression: str) -> Fraction | None:
     r"""The number that `expression` is, units aside; None if it is more than that (`2\sqrt{3}`, `(1, 2)`, `5x`)."""
-    expression = re.sub(
-        r"\\(?:text|mathrm|mbox)\s?\{[^}\d]*\}|\\(?:text|mathrm|mbox)\b|\^\s?\{?\\circ\}?|°",
-        " ",
-        plain(expression).split("=")[-1],
-    )
+    expression = UNITS.sub(" ", plain(expression).split("=")[-1])
     found = numbers(expression)
     return found[0] if len(found) == 1 and not EXPRESSION.search(NUMBER.sub(" ", expression)) else None
 

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -22,8 +22,9 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from slmkit.config import UserError
+from slmkit.evaluation.questions import run
 from slmkit.evaluation.scoring import Ids, Tree, score
-from slmkit.generation.engine import Engine, Event, Request
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.text import end_tokens
@@ -102,7 +103,7 @@ class EngineLM(TemplateLM):
         """For each context and continuation: log-probability of the continuation (nats), and whether it is the
         likeliest one token by token. −inf for a continuation that is longer than the model's context.
         """
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # lm-eval's default is a bar
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """For each text: log-probability of all of it (nats), in windows of the model's context without overlap, the
@@ -154,14 +155,18 @@ class EngineLM(TemplateLM):
         for content, its in places.items():
             context, options = requests[its[0]].args
             asked.append(self._generation(context, options, content, len(its)))
-        texts, of_request = [""] * len(requests), [*places.values()]
-        for done, (number, events) in enumerate(self._run([request for request, _ in asked]), 1):
-            request, stops = asked[number]
-            for index, place in enumerate(of_request[number]):
-                ids = [event.token for event in events if event.index == index and event.token not in request.stop_ids]
-                text = self.tokenizer.decode([one for one in ids if one is not None], skip_special_tokens=True)
+        texts, of_request, finished = [""] * len(requests), [*places.values()], 0
+        ids: dict[int, list[int]] = defaultdict(list)  # by place
+        self.model_calls += len(requests)
+        for number, event in run(self.engine, {number: request for number, (request, _) in enumerate(asked)}):
+            (request, stops), place = asked[number], of_request[number][event.index]
+            if event.token is not None and event.token not in request.stop_ids:
+                ids[place].append(event.token)
+            if event.finish_reason:
+                text = self.tokenizer.decode(ids[place], skip_special_tokens=True)
                 texts[place] = postprocess_generated_text(text, stops, None)
-            self.progress(done, len(asked))
+                finished += 1
+                self.progress(finished, len(requests))
         return texts
 
     def _generation(self, context: str, options: dict[str, Any], content: str, count: int) -> tuple[Request, list[str]]:
@@ -183,24 +188,3 @@ class EngineLM(TemplateLM):
         ids = ids[-(self.context - most) :]
         stop_ids = frozenset(end_tokens(self.tokenizer))
         return Request(ids, most, settings, stop_ids, stops, n=count), stops
-
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Event]]]:
-        """The number of each request and all of its events, as they end."""
-        self.model_calls += sum(request.n for request in requests)
-        events: list[list[Event]] = [[] for _ in requests]
-        running, numbers = [request.n for request in requests], dict[int, int]()
-        try:
-            for number, request in enumerate(requests):
-                numbers[self.engine.insert(request)] = number
-            while self.engine.is_busy:
-                for event in self.engine.step():
-                    number = numbers[event.handle]
-                    events[number].append(event)
-                    running[number] -= event.finish_reason is not None
-                    if event.error:
-                        raise UserError(event.error)
-                    if running[number] == 0:
-                        yield number, events[number]
-        finally:  # after an error, or if the caller has stopped
-            for handle in [*numbers] if self.engine.is_busy else list[int]():
-                self.engine.remove(handle)

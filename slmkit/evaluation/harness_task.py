@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,6 +27,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
 from slmkit.config import UserError
+from slmkit.evaluation.task_files import MissingFileError
 
 # lm-eval compiles its templates for every document and shot: 3/4 of the time in which prompts are made.
 lm_eval.utils.env.from_string = lru_cache(4096)(lm_eval.utils.env.from_string)
@@ -165,12 +167,12 @@ class FittedTask(ConfigurableTask):
 
 class Factory(TaskFactory):
     """lm-eval's factory, with `make` for tasks that are configurations: it gets the configuration, in which functions
-    of code tasks are not yet imported, since importing lm-eval's runs a program.
+    of code tasks are not yet imported, since importing lm-eval's runs a program. `missing`: the tasks without files.
     """
 
     def __init__(self, make: Callable[[dict[str, Any]], FittedTask]) -> None:
         super().__init__()
-        self._make = make
+        self._make, self.missing = make, dict[str, MissingFileError]()
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         if entry.kind is Kind.PY_TASK:
@@ -178,7 +180,11 @@ class Factory(TaskFactory):
         is_code = (entry.cfg or {}).get("unsafe_code")
         plain = Entry(entry.name, entry.kind, None, entry.cfg, entry.tags) if is_code else entry
         config = self._load_full_config(plain, overrides)
-        return self._make({key: value for key, value in config.items() if key not in ("tag", "group", "task_list")})
+        try:
+            return self._make({key: value for key, value in config.items() if key not in ("tag", "group", "task_list")})
+        except MissingFileError as error:  # the others of a group may lack theirs, too
+            self.missing[config["task"]] = error
+            return SimpleNamespace(task_name=config["task"])
 
 
 def evaluated(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slmkit.config import UserError
-from slmkit.evaluation.results import FORMS, Form, TaskResult, residuals
+from slmkit.evaluation.results import FORMS, Form, TaskResult, figure_of
 
 Pairs = Sequence[tuple[float, float]]  # numerator and denominator of each item
 LEVEL = 0.95  # of all intervals; differences are shown where p < 1 − LEVEL
@@ -77,6 +77,19 @@ def estimate(result: TaskResult, metric: str) -> Estimate:
     elif _is_share(pairs):
         low, high = map(float, binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson"))
     return Estimate(value, error, low, high, n)
+
+
+def in_digits(result: TaskResult, metric: str) -> tuple[str, str]:
+    """`0.3120` and `± 0.0147`: a figure and its standard error, which one item alone does not have; `0.0000` and
+    `0.0000 to 0.0229`, the interval, for none or all of 164, whose standard error is 0.
+    """
+    score = result.score(metric)
+    digits = 2 if math.isfinite(score.value) and abs(score.value) >= 100 else 4
+    error = "" if score.standard_error is None else f"± {score.standard_error:,.{digits}f}"
+    if score.standard_error == 0:
+        found = estimate(result, metric)
+        error = f"{found.low:,.{digits}f} to {found.high:,.{digits}f}"
+    return f"{score.value:,.{digits}f}", error
 
 
 def paired(a: TaskResult, b: TaskResult, metric: str) -> Difference:
@@ -161,13 +174,8 @@ def _pairs(result: TaskResult, metric: str) -> dict[tuple[str, int], tuple[float
 
 def _figure(pairs: Pairs, form: Form) -> tuple[float, np.ndarray]:
     """The figure, and the part of each item in its error [items]; NaN for values that are not finite."""
-    if not np.isfinite(pairs).all():
-        return math.nan, np.zeros(len(pairs))
-    ratio, parts = residuals(pairs)
-    if not form.is_exponential:
-        return ratio, np.array(parts)
-    figure = math.exp(ratio) if not ratio > 700 else math.inf  # 700: beyond it float64 overflows
-    return figure, figure * np.array(parts) if math.isfinite(figure) else np.array(parts)
+    value, parts = figure_of(pairs, form) if np.isfinite(pairs).all() else (math.nan, [])
+    return value, np.array(parts)
 
 
 def _is_share(pairs: Pairs) -> bool:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,28 +32,31 @@ from slmkit.tokenizer.encoder import ChatRow
 LONGEST_WINDOW = 2048  # tokens of a window by default, for models with a longer context
 TOKENS_AT_ONCE = 8_192  # in a batch of windows
 SHOWN = 200  # characters of a document in its item
+BLOCK = 2_048  # characters of an item, at most, of a text that is one document
 
 Progress = Callable[[int, int], None]  # windows done, and all of them
 
 
 def text_result(
     decoder: LanguageModel, tokenizer: SLMTokenizer, documents: Sequence[str], *, name: str = "text",
-    originals: Sequence[str] | None = None, window: int | None = None, stride: int | None = None, joined: bool = False,
-    start: Sequence[int] | None = None, device: Device | None = None,
+    originals: Sequence[str] | None = None, left_out: Sequence[float] | None = None, window: int | None = None,
+    stride: int | None = None, joined: bool = False, start: Sequence[int] | None = None, device: Device | None = None,
     progress: Progress = lambda done, windows: None,
 ) -> TaskResult:  # fmt: skip
-    """Loss (nats per token), perplexity and bits per byte of `documents`, which are the items.
+    """Loss (nats per token), perplexity and bits per byte of `documents`, which are the items; of a single one its
+    blocks (`blocks_of`) are.
 
     Each document is read apart, behind the `start` tokens (default: `start_tokens`); with `joined` all are one stream,
     with `start` before each. These tokens are context and not predicted; without any, the first token is not predicted.
     Bytes are the UTF-8 bytes of the documents; if these were changed for the model, those of their `originals`, whose
-    words then give `word_perplexity` as well.
+    words then give `word_perplexity` as well. `left_out`: bytes that each document has in its file besides.
 
     `window`: tokens read at once, by default the model's context, at most `LONGEST_WINDOW`. `stride`: by default half
-    of the window, so that a token is predicted with half a window of context or more, and read twice. A longer stride
-    than the window means the window. `device` gives the precision; by default that of the weights.
+    of the window, so that a token is predicted with half a window of context or more, and read twice. `device` gives
+    the precision; by default that of the weights.
 
-    Raises `UserError` for a window beyond the context, for a text without tokens, and as `token_losses` does.
+    Raises `UserError` for a window beyond the context, a stride beyond the window, a text without tokens, and as
+    `token_losses` does.
     """
     window, stride = window_and_stride(decoder.max_positions, window, stride)
     before = start_tokens(tokenizer) if start is None else [*start]
@@ -69,7 +73,28 @@ def text_result(
         "documents": "joined" if joined else "each apart", "before_a_document": tokenizer.decode(before),
         **_stated(window, stride, decoder, device),
     }  # fmt: skip
-    return _result(name, recipe, documents if originals is None else originals, scored, originals is not None)
+    texts, sizes = originals or documents, [*(left_out or [0] * len(documents))]
+    if len(texts) == 1 and not originals and len(blocks := blocks_of(texts[0])) > 1:
+        recipe["items"] = f"blocks of {BLOCK:,} characters"
+        lines = [block.count("\n") or 1e-9 for block in blocks]  # what is left out are line ends
+        sizes = [sizes[0] * count / math.fsum(lines) for count in lines]
+        scored = _by_block(tokenizer, encoded[0], scored[0], blocks)
+        texts = blocks
+    return _result(name, recipe, texts, scored, originals is not None, sizes)
+
+
+def blocks_of(text: str) -> list[str]:
+    """A text cut before white space into blocks of at most `BLOCK` characters, as good as it goes."""
+    return re.findall(rf"(?s).{{1,{BLOCK}}}(?!\S)|.{{1,{BLOCK}}}", text)
+
+
+def _by_block(tokenizer: SLMTokenizer, ids: Sequence[int], nats: Tensor, blocks: Sequence[str]) -> list[Tensor]:
+    """The losses of the tokens that begin in each block. `nats`: of the last of the tokens `ids`, or of all."""
+    begins = np.cumsum([0, *(len(tokenizer.token_bytes(one)) for one in ids)])  # [tokens + 1]
+    ends = np.cumsum([len(block.encode("utf-8", "surrogatepass")) for block in blocks])
+    # A tokenizer that changes the text has other bytes: then in proportion.
+    firsts = np.searchsorted(begins[:-1], ends * (begins[-1] / ends[-1])) - (len(ids) - len(nats))
+    return [*nats.tensor_split(firsts[:-1].clip(0).tolist())]
 
 
 def chat_result(
@@ -88,7 +113,7 @@ def chat_result(
     answers = [tokenizer.decode(row[1:][its], skip_special_tokens=True) for row, its in zip(rows, learned)]
     scored = [nats[1:][its] for nats, its in zip(losses, learned)]
     recipe = {"conversations": "each apart", "predicted": "answers", **_stated(window, stride, decoder, device)}
-    return _result(name, recipe, answers, scored, False)
+    return _result(name, recipe, answers, scored, False, [0] * len(answers))
 
 
 def _stated(window: int, stride: int, decoder: LanguageModel, device: Device | None) -> dict[str, Any]:
@@ -98,11 +123,12 @@ def _stated(window: int, stride: int, decoder: LanguageModel, device: Device | N
 
 
 def _result(
-    name: str, recipe: dict[str, Any], texts: Sequence[str], scored: Sequence[Tensor], by_word: bool
-) -> TaskResult:
+    name: str, recipe: dict[str, Any], texts: Sequence[str], scored: Sequence[Tensor], by_word: bool,
+    left_out: Sequence[float],
+) -> TaskResult:  # fmt: skip
     """Figures of texts, whose bytes and words count, from the losses of their predicted tokens in nats [tokens]."""
     items, errors, digest = [], [], hashlib.sha256()
-    for number, (text, nats) in enumerate(zip(texts, scored)):
+    for number, (text, nats) in enumerate(zip(texts, scored, strict=True)):
         content = text.encode("utf-8", "surrogatepass")
         digest.update(own := hashlib.sha256(content).digest())
         if not len(nats):
@@ -110,7 +136,7 @@ def _result(
             continue
         total = math.fsum(nats.tolist())
         values = dict.fromkeys(("loss", "perplexity"), (total, float(len(nats))))
-        values["bits_per_byte"] = total / math.log(2), float(len(content))
+        values["bits_per_byte"] = total / math.log(2), len(content) + float(left_out[number])
         if by_word:  # words are counted as lm-eval's task `wikitext` does
             values["word_perplexity"] = total, float(len(re.split(r"\s+", text)))
         items.append(Item(f"{number}-{own.hex()[:12]}", values, {"text": text[:SHOWN]}))
@@ -118,16 +144,21 @@ def _result(
         raise UserError(f"{name}: no token to predict: it needs text")
     forms = {"loss": "loss", "perplexity": "exp", "bits_per_byte": "loss", "word_perplexity": "exp"}
     metrics = {metric: form for metric, form in forms.items() if metric in items[0].values}
-    data = {"name": name, "sha256": digest.hexdigest(), "documents": len(texts)}
+    data = {"name": name, "sha256": digest.hexdigest(), "documents": 1 if "items" in recipe else len(texts)}
     return TaskResult(name, {"data": data, **recipe}, metrics, tuple(items), tuple(errors))
 
 
 def window_and_stride(context: int, window: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride with their defaults. `context`: positions of the model. Raises `UserError` as `text_result`."""
     window = window or min(context, LONGEST_WINDOW)
+    stride = stride or max(1, window // 2)
     if window > context:
-        raise UserError(f"a window of {window:,} tokens: the model reads at most {context:,} tokens at once")
-    return window, min(stride or max(1, window // 2), window)
+        raise UserError(
+            f"a window of {window:,} tokens: the model reads at most {context:,} tokens at once: lower --window"
+        )
+    if stride > window:
+        raise UserError(f"a stride of {stride:,} tokens is longer than the window of {window:,}: lower --stride")
+    return window, stride
 
 
 def start_tokens(tokenizer: SLMTokenizer) -> list[int]:
@@ -160,9 +191,8 @@ def token_losses(
     if max((int(stream.max()) for stream in streams if len(stream)), default=0) >= decoder.vocab_size:
         raise UserError(f"ids beyond the model's {decoder.vocab_size:,} tokens: the tokenizer is another model's")
     waiting = [(index, *one) for index, stream in enumerate(streams) for one in windows(len(stream), window, stride)]
-    waiting.sort(
-        key=lambda one: one[1] - one[3]
-    )  # windows of one length share a batch, so that little of it is padding
+    # Windows of one length share a batch, so that little of it is padding.
+    waiting.sort(key=lambda one: one[1] - one[3])
     done = 0
     while done < len(waiting):
         _, begin, _, end = waiting[done]  # the longest that is left

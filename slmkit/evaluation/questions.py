@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slmkit.config import UserError
-from slmkit.generation.engine import Engine, Request
+from slmkit.generation.engine import Engine, Event, Request
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.generation.text import end_tokens, prompt_ids
@@ -96,21 +96,31 @@ def write_all(
     None for a prompt that fills the context. After `until` the texts that are finished, without a gap: short ones are
     not chosen over long ones. Raises `UserError` for logits that are not finite.
     """
-    engine, ends = Engine(decoder, tokenizer, max_rows=MAX_ROWS), end_tokens(tokenizer)
-    handles: dict[int, int] = {}
+    ends, given = end_tokens(tokenizer), list[str | None]([None] * len(prompts))
+    asked = dict[int, Request]()
     for number, (prompt, room) in enumerate(zip(prompts, rooms)):
-        room = min(room, decoder.max_positions - len(prompt))
-        if room >= 1:
-            handles[engine.insert(Request(prompt, room, settings[number], ends))] = number
-    given: list[str | None] = [None] * len(prompts)
-    running = set(handles.values())
-    while running and (time.monotonic() < until or min(running) < LEAST_ASKED):
-        for event in engine.step():
-            if event.error:
-                raise UserError(event.error)
-            number = handles[event.handle]
-            given[number] = (given[number] or "") + event.text
-            if event.finish_reason:
-                running.discard(number)
-        progress(len(handles) - len(running), len(handles))
+        if (room := min(room, decoder.max_positions - len(prompt))) >= 1:
+            asked[number] = Request(prompt, room, settings[number], ends)
+    running = {*asked}
+    for key, event in run(Engine(decoder, tokenizer, max_rows=MAX_ROWS), asked):
+        given[key] = (given[key] or "") + event.text
+        if event.finish_reason:
+            running.discard(key)
+            progress(len(asked) - len(running), len(asked))
+        if running and time.monotonic() >= until and min(running) >= LEAST_ASKED:
+            break
     return given[: min(running, default=len(prompts))]
+
+
+def run(engine: Engine, requests: Mapping[int, Request]) -> Iterator[tuple[int, Event]]:
+    """The events of all requests, with their keys. Raises `UserError` for logits that are not finite."""
+    handles = {engine.insert(request): key for key, request in requests.items()}
+    try:
+        while engine.is_busy:
+            for event in engine.step():
+                if event.error:
+                    raise UserError(event.error)
+                yield handles[event.handle], event
+    finally:  # after an error, or if the caller has stopped
+        for handle in handles if engine.is_busy else ():
+            engine.remove(handle)

@@ -8,7 +8,7 @@ SE = sqrt(n/(n−1) Σ(a − R b)²) / Σb, which for b = 1 is s/√n. `FORMS` s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,14 +65,10 @@ class TaskResult:
 
     def score(self, metric: str) -> Score:
         """The figure of a metric, over the items that have it. Raises `KeyError` for a metric that the task lacks."""
-        form = FORMS[self.metrics[metric]]
         pairs = [item.values[metric] for item in self.items if metric in item.values]
-        ratio, error = ratio_of_sums(pairs)
-        if not form.is_exponential:
-            return Score(ratio, error, len(pairs))
-        value = math.exp(ratio) if not ratio > 700 else math.inf  # 700: beyond it float64 overflows
-        # Delta method: the derivative of exp at R is exp(R).
-        return Score(value, None if error is None else value * error, len(pairs))
+        value, parts = figure_of(pairs, FORMS[self.metrics[metric]])
+        error = math.sqrt(math.fsum(part**2 for part in parts)) if len(parts) > 1 else None
+        return Score(value, error, len(pairs))
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads back unchanged, after `json.dumps` and `json.loads` too."""
@@ -94,13 +90,13 @@ class TaskResult:
             raise UserError(f"no result of an evaluation: {error!r}") from None
 
 
-def ratio_of_sums(pairs: Iterable[tuple[float, float]]) -> tuple[float, float | None]:
-    """(numerator, denominator) of each item → R = Σa/Σb and its standard error.
-
-    The error is None for fewer than two items; R is NaN if the denominators add up to 0.
-    """
-    ratio, parts = residuals([*pairs])
-    return ratio, math.sqrt(math.fsum(part**2 for part in parts)) if len(parts) > 1 else None
+def figure_of(pairs: Sequence[tuple[float, float]], form: Form) -> tuple[float, list[float]]:
+    """The figure, and the part of each item in its error: SE = sqrt(Σ part²). NaN if the denominators add up to 0."""
+    ratio, parts = residuals(pairs)
+    if not form.is_exponential:
+        return ratio, parts
+    figure = math.exp(ratio) if not ratio > 700 else math.inf  # 700: beyond it float64 overflows
+    return figure, [figure * part for part in parts]  # delta method: the derivative of exp at R is exp(R)
 
 
 def residuals(pairs: Sequence[tuple[float, float]]) -> tuple[float, list[float]]:

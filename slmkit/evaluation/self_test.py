@@ -14,6 +14,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import postprocess_generated_text
 
 from slmkit.config import UserError
 from slmkit.evaluation.answers import expected_answers, normalised, only_number
@@ -54,25 +55,19 @@ class StoredAnswers(LM):
         return "\n".join(f"{message['role']}: {message['content']}" for message in chat_history)
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
-        return [self._cut(self.answer(request.task_name, request.doc), request.args[1]) for request in requests]
+        return [cut(self.answer(request.task_name, request.doc), request.args[1]) for request in requests]
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> Any:
         raise UserError(f"{requests[0].task_name}: stored answers are for exact-match and code tasks only")
 
     loglikelihood_rolling = loglikelihood
 
-    def _cut(self, answer: str, options: Any) -> str:
-        """`answer` up to the first stop string."""
-        until = (options or {}).get("until") or []
-        return min((answer.split(stop)[0] for stop in ([until] if isinstance(until, str) else until) if stop),
-                   key=len, default=answer)  # fmt: skip
-
     def answer(self, name: str, doc: Mapping[str, Any]) -> str:
         """The stored answer to a document of a task."""
         task = self.tasks[name]
         if name not in self.forms:
             options = task.config.generation_kwargs
-            read = (form for form in FORMS if reads(task, doc, self._cut(form.format(**stored(task, doc)), options)))
+            read = (form for form in FORMS if reads(task, doc, cut(form.format(**stored(task, doc)), options)))
             self.forms[name] = next(read, FORMS[0])
         facts = stored(task, doc)
         return self.forms[name].format(**facts if self.right else self._wrong(name, doc, facts))
@@ -92,6 +87,11 @@ class StoredAnswers(LM):
             wrong = next((other for other in self.targets[name] if normalised(other) not in accepted), f"{target} not")
         before, found, after = solution.rpartition(target)
         return {"solution": f"{before}{wrong}{after}" if found else wrong, "target": wrong}
+
+
+def cut(answer: str, options: Mapping[str, Any] | None) -> str:
+    """`answer` up to the first stop string."""
+    return postprocess_generated_text(answer, (options or {}).get("until") or [], None)
 
 
 def is_code(doc: Mapping[str, Any]) -> bool:
@@ -133,9 +133,8 @@ def self_test(
         for kind in ("right", "wrong"):
             for result in run(StoredAnswers(tasks, right=kind == "right", like=like), {name: task}):
                 if failed := first_failure(result, int(kind == "right")):
-                    raise UserError(
-                        f"{name}: not run, because this recipe cannot measure it: the {kind} answer {failed}"
-                    )
+                    why = f"this recipe cannot measure it: the {kind} answer {failed}"
+                    raise UserError(f"{name}: not run, because {why}")
         _passed.add(key)
 
 

@@ -64,14 +64,9 @@ def task_result(name: str, task: Any, samples: Sequence[Mapping[str, Any]], comm
     }
     if corpus := [metric for metric in CORPUS if metric in task.aggregation()]:
         every = {metric: [sample[metric] for sample in samples if metric in sample] for metric in corpus}
-        recipe["of the whole corpus"] = {
-            name: task.aggregation()[name](found) for name, found in every.items() if found
-        }
-    errors = [
-        f"document {number}: no room for its prompt without shots and {task.new_tokens:,} new tokens in "
-        f"{task.context:,} positions"
-        for number in sorted(task.no_room)
-    ]
+        recipe["of the whole corpus"] = {name: task.aggregation()[name](its) for name, its in every.items() if its}
+    room = f"no room for its prompt without shots and {task.new_tokens:,} new tokens in {task.context:,} positions"
+    errors = [f"document {number}: {room}" for number in sorted(task.no_room)]
     items = tuple(Item(document, values.get(document, {}), text) for document, text in texts.items())
     return TaskResult(name, recipe, metrics, items, tuple(errors))
 
@@ -130,12 +125,8 @@ def shown(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
     choices, sums = task.doc_to_choice(sample["doc"]), _log_probabilities(sample)
     chosen, right = int(np.argmax(sums)), gold(task, sample)
     expected = choices[right] if isinstance(right, int) and 0 <= right < len(choices) else right
-    return text | {
-        "expected": expected,
-        "given": choices[chosen],
-        "choices": choices,
-        "log-probabilities": sums.tolist(),
-    }
+    found = {"expected": expected, "given": choices[chosen], "choices": choices}
+    return text | found | {"log-probabilities": sums.tolist()}
 
 
 def group_result(name: str, group: Group, parts: Sequence[TaskResult]) -> TaskResult:

@@ -33,22 +33,10 @@ class Tasks(dict[str, Any]):
     groups: dict[str, Group] = field(default_factory=dict)
 
 
-def load_tasks(
-    names: Sequence[str],
-    *,
-    data: Path | None = None,
-    shots: int | None = None,
-    chat: bool = False,
-    samples: int = 1,
-    temperature: float | None = None,
-    unsafe_code: bool = False,
-) -> Tasks:
-    """Tasks by the aliases of `tasks.yaml` or lm-eval's own names.
+def load_tasks(names: Sequence[str], **asked: Any) -> Tasks:
+    """Tasks by the aliases of `tasks.yaml` or lm-eval's own names, made as the fields of `Maker` say.
 
-    `data`: a folder with the tasks' files; None: the hub, as lm-eval does. `shots`: instead of lm-eval's number, but
-    for tasks that lm-eval always asks without. `chat`: prompts in the model's chat template. `samples`: answers for
-    each problem of code tasks, drawn at `temperature`; `unsafe_code`: without a sandbox if there is none. Raises
-    `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
+    Raises `UserError` for an unknown name, for missing or malformed files, and for code tasks without a sandbox.
     """
     try:
         from slmkit.evaluation.harness_task import Factory, quiet
@@ -57,13 +45,13 @@ def load_tasks(
             raise
         raise UserError("standard tasks need lm-eval: pip install slmkit[eval]") from None
     table, loaded = task_table(), Tasks()
-    make = Maker(data, shots, chat, samples, temperature, unsafe_code)
-    with quiet(offline=data is not None):
+    make = Maker(**asked)
+    with quiet(offline=make.data is not None):
         for name in names:
             alias = table["aliases"].get(name) or _own_name(name)
             manager = task_manager(*alias["folders"])
             manager._factory = Factory(make)
-            found, wanted = _load(name, alias, manager, chat, some=data is not None and "partial" in alias)
+            found, wanted = _load(name, alias, manager, make)
             if "mean" in alias and len(found) > 1:
                 note = f"{len(found)} of {wanted} tasks"
                 note += ": not comparable with published CORE figures" if name == CORE and len(found) < wanted else ""
@@ -73,24 +61,21 @@ def load_tasks(
     return loaded
 
 
-def _load(name: str, alias: Mapping[str, Any], manager: Any, chat: bool, some: bool) -> tuple[Tasks, int]:
-    """The tasks of an alias, and how many they should be; with `some`, those whose files are there."""
-    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat", alias["tasks"]) if chat else alias["tasks"]
-    found, missing = Tasks(), None
+def _load(name: str, alias: Mapping[str, Any], manager: Any, make: Maker) -> tuple[Tasks, int]:
+    """The tasks of an alias, and how many they should be; of a `partial` one those whose files are there."""
+    wanted = core_tasks(task_table()) if name == CORE else alias.get("chat" if make.chat else "", alias["tasks"])
+    found, missing = Tasks(), manager._factory.missing
     for one in wanted:
         try:
             built = manager.load([one])
-        except MissingFileError as error:
-            if not some:
-                raise
-            missing = error
         except ImportError as error:
             raise UserError(f"{one}: {one_line(error)}") from None
-        else:
-            found.update(built["tasks"])
-            found.groups.update(_groups(built["groups"]))
-    if missing and not found:
-        raise missing
+        found.update({task: its for task, its in built["tasks"].items() if task not in missing})
+        found.groups.update(_groups(built["groups"]))
+    if missing and not (found and make.data and "partial" in alias):
+        first, *others = missing
+        more = f"; nor of {len(others)} more of its {len(found) + len(missing)} tasks: {', '.join(others[:5])}"
+        raise MissingFileError(f"{missing[first]}{(more + ', …' * (len(others) > 5)) * bool(others)}")
     return found, len(wanted)
 
 
@@ -165,14 +150,15 @@ def core_tasks(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes a task of lm-eval's configuration of it; the fields are the arguments of `load_tasks`."""
+    """Makes a task of lm-eval's configuration of it."""
 
-    data: Path | None
-    shots: int | None
-    chat: bool
-    samples: int
-    temperature: float | None
-    unsafe_code: bool
+    data: Path | None = None  # a folder with the tasks' files; None: the hub, as lm-eval does
+    shots: int | None = None  # instead of lm-eval's number, but for tasks that lm-eval always asks without
+    chat: bool = False  # prompts in the model's chat template
+    samples: int = 1  # answers for each problem of code tasks, drawn at `temperature`
+    temperature: float | None = None
+    unsafe_code: bool = False  # without a sandbox if there is none
+    progress: Callable[[int, int], None] = lambda done, programs: None  # programs with a verdict, and all of them
 
     def __call__(self, config: dict[str, Any]) -> Any:
         from slmkit.evaluation.harness_task import FittedTask
@@ -219,7 +205,7 @@ class Maker:
         generation = {**config.get("generation_kwargs", {}), **sampling}
         about = {"samples": self.samples, "temperature": temperature}
         config = {**config, "repeats": self.samples, "generation_kwargs": generation}
-        config = with_sandbox(config, unsafe=self.unsafe_code)
+        config = with_sandbox(config, unsafe=self.unsafe_code, progress=self.progress)
         return config, {**about, "sandbox": config["metadata"]["sandbox"], "limits": config["metadata"]["limits"]}
 
 
@@ -296,12 +282,8 @@ def run_tasks(
         for task in tasks.values():
             task.prepare(lm, limit, seed)
         found = evaluated(lm, tasks, limit, seed)
-        results = {
-            name: task_result(name, task, found.get(name, []), {"seed": seed, "limit": limit})
-            for name, task in tasks.items()
-        }
+        common = {"seed": seed, "limit": limit}
+        results = {name: task_result(name, task, found.get(name, []), common) for name, task in tasks.items()}
     groups = getattr(tasks, "groups", {}).items()
-    return [
-        *results.values(),
-        *(group_result(name, group, [results[one] for one in group.tasks]) for name, group in groups),
-    ]
+    over = [group_result(name, group, [results[one] for one in group.tasks]) for name, group in groups]
+    return [*results.values(), *over]

@@ -11,17 +11,9 @@ from slmkit.evaluation.results import Item
 
 TRAINING_STORIES = 10_000  # the first of the training stream 0, with which the stories are compared
 COPIED = 8  # words in a row from which on they count as copied
-METRICS = {  # → their form in a `TaskResult`
-    "consistent": "mean",
-    "no_contradiction": "mean",
-    "possible_sentences": "mean",
-    **{f"fault_{kind}": "loss" for kind in FAULTS},
-    "verbatim": "loss",
-    "longest_copy": "loss",  # words
-    f"novel_{COPIED}grams": "mean",
-    "distinct_2": "mean",
-    "distinct_4": "mean",
-}
+GOOD = "consistent", "no_contradiction", "possible_sentences", f"novel_{COPIED}grams", "distinct_2", "distinct_4"
+BAD = *(f"fault_{kind}" for kind in FAULTS), "verbatim", "longest_copy"  # longest_copy: words
+METRICS = dict.fromkeys(GOOD, "mean") | dict.fromkeys(BAD, "loss")  # → their form in a `TaskResult`
 Gram = tuple[str, ...]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -15,29 +16,19 @@ import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slmkit.config import UserError
+from slmkit.config import UserError, read_table
 from slmkit.export.runtimes import Message, Runtime, Slmkit
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 
 # -- what they are asked ----------------------------------------------------------------------------------------------
 
-SENTENCES = (
-    "Once upon a time a small fox lived at the edge of a forest. Every morning it went down to the river, "
-    "and every evening it told its sister what it had seen there."
-)
-# Text that tokenizers read differently from each other: contractions, numbers, spaces, line ends, code, emoji.
-PIECES = (
-    " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff", "\x00", "\x1b[0m",
-    "'s", "'LL", "’re", "don't", "I'M", "1", "12", "123", "1234567", "3.14", "1,000", "٣٤٥", "२०२६", "Ⅷ", "½", "x²",
-    "for i in range(10):\n    print(i)", "</div>", "a_b.c(d)[0] += 1;", "{\"k\": [1, null]}", "//", "#!", "\\n", "===",
-    "🙂", "👩‍🚀", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "A\u030a\u0323", "ﬁ", "ß", "ẞ", "İ", "ǅ", "한국어", "日本語です",
-    "我们在这里", "각", "ไทย", "नमस्ते",
-)  # fmt: skip
+SENTENCES, PIECES = read_table(Path(__file__).with_name("probe.yaml")).values()
 TAGGED = 20  # conversations with special tokens in a message
 MOST_LETTERS = 400  # of a script, the first, which are the usual ones
 
@@ -88,7 +79,8 @@ class Probe:
         return max(len(self.start) + self.count, *(len(ids) + 1 for ids, _ in self.prompts))
 
 
-def probe_strings(spellings: Sequence[str], count: int) -> list[str]:
+@functools.cache
+def probe_strings(spellings: tuple[str, ...], count: int) -> list[str]:
     """`count` texts of up to 12 pieces: words of each script, of English, `PIECES`, any characters, `spellings`."""
     rng, scripts = random.Random(23), dict[str, list[str]]()
     anything = [*filter(str.isprintable, map(chr, range(0x32000)))]

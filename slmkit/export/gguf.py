@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.export.gguf_tokenizer import add_tokenizer
-from slmkit.export.gguf_types import KINDS, PlannedTensor, encoded, file_type, weights_by_type, with_type
+from slmkit.export.gguf_types import KINDS, TABLES, PlannedTensor, encoded, file_type, weights_by_type, with_type
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
@@ -245,18 +245,7 @@ def _yarn_lengths(a: Architecture, scaling: Yarn) -> dict[str, float]:
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
-# Modules of the decoder → GGUF's names of their tensors. Names with blanks: several that are fused there.
-NAMES = {
-    "embedding": "token_embd", "place": "position_embd", "norm": "output_norm", "head": "output",
-    "attention_in": "attn_norm", "attention_out": "post_attention_norm",
-    "mlp_in": "ffn_norm", "mlp_out": "post_ffw_norm",
-    "attention.query": "attn_q", "attention.key": "attn_k", "attention.value": "attn_v",
-    "attention.query attention.key attention.value": "attn_qkv", "attention.out": "attn_output",
-    "attention.query_norm": "attn_q_norm", "attention.key_norm": "attn_k_norm",
-    "attention.query.down": "attn_q_a", "attention.query.norm": "attn_q_a_norm", "attention.query.up": "attn_q_b",
-    "attention.latent": "attn_kv_a_mqa", "attention.latent_norm": "attn_kv_a_norm",
-    "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
-}  # fmt: skip
+NAMES: dict[str, str] = TABLES["names"]
 
 
 def interleaved(rows: Tensor, heads: int, dim: int) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from slmkit.config import UserError
+from slmkit.export.gguf_types import TABLES
 from slmkit.model.config import SLMConfig
 from slmkit.tokenizer import SLMTokenizer, byte_level, chat, chat_prompt
 from slmkit.tokenizer.directory import CONFIG, LETTERS, QWEN
@@ -50,21 +51,8 @@ PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "deepseek-v3": ((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK3), False),
 }
 RAW = "sarvam-moe"  # merges by rank, as for the others, of the characters themselves; a space is `▁`
-# Tokens for filling in the middle that llama.cpp finds by their spelling, and then takes for special ones, unless the
-# file names them.
-FILL = {
-    "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> <|code_prefix|>",
-    "fim_suf": "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> <|code_suffix|>",
-    "fim_mid": "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> <|code_middle|>",
-    "fim_pad": "<|fim_pad|> <fim-pad> <fim_pad> <PAD>",
-    "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
-    "fim_sep": "<|file_sep|>",
-}
-# Tokens that end a text in llama.cpp by their spelling.
-KNOWN_ENDS = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>",
-    "<eos>",
-}  # fmt: skip
+FILL: dict[str, str] = TABLES["fill"]
+KNOWN_ENDS = {*TABLES["ends"].split()}
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: SLMTokenizer, directory: Path, rows: int) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from slmkit.config import UserError
+from slmkit.config import UserError, read_table
 from slmkit.export.llama_cpp import import_xllamacpp
 from slmkit.model.files.stored import expect_finite
 
@@ -36,16 +37,8 @@ class Kind:
 
 
 SENSITIVE = ("attn_v", "attn_v_b", "ffn_down")
-KINDS = {name: Kind(name, name, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K")}
-KINDS |= {name: Kind(name, "Q8_0", name) for name in ("Q5_1", "Q5_0", "Q4_1", "Q4_0")}
-KINDS |= {f"{name}_S": Kind(name, "Q6_K", name) for name in ("Q5_K", "Q4_K", "Q3_K")}
-KINDS |= {
-    "Q5_K_M": Kind("Q5_K", "Q6_K", "Q6_K"),
-    "Q4_K_M": Kind("Q4_K", "Q6_K", "Q6_K"),
-    "Q3_K_L": Kind("Q3_K", "Q6_K", "Q5_K"),
-    "Q3_K_M": Kind("Q3_K", "Q6_K", "Q4_K"),
-    "Q2_K": Kind("Q2_K", "Q6_K", "Q4_K"),
-}
+TABLES = read_table(Path(__file__).with_name("gguf.yaml"))
+KINDS = {name: Kind(*types.split()) for name, types in TABLES["kinds"].items()}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from slmkit.tokenizer.chat_pieces import chat_pieces
 from slmkit.tokenizer.encoder import PROBE
 
 KINDS = ("int8", "int4", "f16", "f32")  # the default first
+CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")  # the first takes least
 MOST_PARAMETERS = 60_000_000
 GROUP = 32  # weights with one scale; rows are padded with zeros to a multiple of it
 PAGE = Path(__file__).with_name("page")
@@ -343,11 +344,9 @@ class HtmlPage(Runtime):
     def _started(self) -> Any:
         with importing("an HTML page is checked in Chromium by playwright: pip install playwright"):
             from playwright.sync_api import sync_playwright
-        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
         if browser is None:
-            raise UserError(
-                "an HTML page is checked in Chromium: no chromium, chromium-browser or google-chrome is on the PATH"
-            )
+            raise UserError(f"an HTML page is checked in Chromium: none of {', '.join(CHROMIUM)} is on the PATH")
         self._playwright = sync_playwright().start()
         return self._playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--headless"])
 

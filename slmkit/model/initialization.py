@@ -45,19 +45,58 @@ def copying(decoder: Decoder, config: SLMConfig, generator: torch.Generator) -> 
     The output projection starts as the transpose of the value projection: their product is near the identity, and
     with tied embeddings a head then raises the probability of the tokens it attends to (mimetic initialization,
     Trockman & Kolter 2023, arXiv:2305.09828). Larger embeddings keep tokens apart while the first
-    steps move all of them in the same direction.
+    steps move all of them in the same direction. With rotary positions, the first two layers start as induction heads.
     """
     gpt2(decoder, config, generator)
     nn.init.normal_(decoder.embedding.weight, std=0.3, generator=generator)
     std = config.hidden_size**-0.5
-    for attention in (module for module in decoder.modules() if isinstance(module, Attention)):
+    attentions = [module for module in decoder.modules() if isinstance(module, Attention)]
+    for attention in attentions:
         for projection in (attention.query, attention.key, attention.value):
             nn.init.normal_(projection.weight, std=std, generator=generator)
         with torch.no_grad():
-            attention.out.weight.copy_(_value_of_each_head(attention.value.weight, config).T)
+            attention.out.weight.copy_(_of_each_head(attention.value.weight, config).T)
+    if decoder.rotary and len(attentions) > 1:
+        _induce(decoder, config, attentions[0], attentions[1], generator)
 
 
-def _value_of_each_head(value: Tensor, config: SLMConfig) -> Tensor:
+CONSTANT = 1.0  # channel 0 of all embeddings; with tied embeddings it adds the same to all logits
+FASTEST = 6  # rotary frequencies that find the previous token
+SHARPNESS = 20.0  # attention score of the previous token, before the softmax
+GAIN = 2.0  # of the queries and keys that compare tokens
+TURNING = 3 / 8  # share of a head's channel pairs that turn too fast to compare tokens a hundred positions apart
+
+
+@torch.no_grad()
+def _induce(
+    decoder: Decoder, config: SLMConfig, first: Attention, second: Attention, generator: torch.Generator
+) -> None:
+    """Two layers that together find what followed the current token before (Olsson et al. 2022, arXiv:2209.11895).
+
+    Every head of the first attends to the previous token, by queries and keys of a channel that is constant, and
+    writes that token, turned into other channels. Queries of the second are the current token, keys are what the first
+    wrote.
+    """
+    heads, half, embedding = config.num_attention_heads, config.head_dim // 2, decoder.embedding.weight
+    embedding[:, 0] = CONSTANT
+    rms = embedding.square().mean(1).sqrt().mean()
+    angles = decoder.ropes[0].frequencies()
+    strength = torch.where(torch.arange(half) < FASTEST, SHARPNESS / min(FASTEST, half), 0.0)
+    # q·k of a pair of channels at a distance of d is size² cos(angle · (d - 1)): keys are turned one position ahead.
+    size = (strength / first.scale).sqrt() * rms / CONSTANT
+    for projection, pair in ((first.query, (size, 0 * size)), (first.key, (size * angles.cos(), size * angles.sin()))):
+        projection.weight.zero_()
+        projection.weight[:, 0] = torch.cat(pair).repeat(len(projection.weight) // config.head_dim)
+    read, written = (nn.init.orthogonal_(torch.empty_like(first.value.weight), generator=generator) for _ in range(2))
+    read[:, 0], written[:, 0] = 0, 0
+    first.value.weight.copy_(read)
+    first.out.weight.copy_(_of_each_head(written, config).T * rms * config.num_key_value_heads / heads)
+    compared = GAIN * (torch.arange(half) >= TURNING * half).float().repeat(2)[:, None]  # [head_dim, 1]
+    second.query.weight.copy_((_of_each_head(read, config).unflatten(0, (heads, -1)) * compared).flatten(0, 1))
+    second.key.weight.copy_((written.unflatten(0, (-1, config.head_dim)) * compared).flatten(0, 1))
+
+
+def _of_each_head(value: Tensor, config: SLMConfig) -> Tensor:
     """[kv_heads × head_dim, width] → [heads × head_dim, width]: heads that share a value head repeat it."""
     shared = config.num_attention_heads // config.num_key_value_heads
     return value.unflatten(0, (-1, config.head_dim)).repeat_interleave(shared, 0).flatten(0, 1)

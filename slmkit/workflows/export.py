@@ -44,7 +44,7 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.push import card_of
 
 PACKAGES = ("slmkit", "torch", "tokenizers", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime", "playwright")
-STRINGS = 10_000  # whose ids are compared
+STRINGS, CONVERSATIONS = 10_000, 200  # whose ids are compared
 ALLOWED = 5  # times the divergence of slmkit's own rounding
 Say = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def export(model: str, request: Request, say: Say = lambda line: None) -> tuple[
             parity = None
             if not target.missing:
                 say("asking slmkit")
-                probe = Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
+                probe = Probe.of(loaded.decoder, loaded.tokenizer, STRINGS, CONVERSATIONS)
                 expected = Answers.of(loaded.runtime, probe)
                 with target.open(made, probe) as runtime:
                     say(f"comparing {runtime.name} with slmkit")
@@ -239,7 +239,7 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
         given = [_given(file) for file in files]
         say("loading the model")
         loaded = load(model, Path(scratch, "whole"))
-        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer, STRINGS)
+        reference, probe = loaded.runtime, Probe.of(loaded.decoder, loaded.tokenizer, STRINGS, CONVERSATIONS)
         say("asking slmkit")
         expected = Answers.of(reference, probe)
         verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]

@@ -41,7 +41,9 @@ def model_for(
         return _adapter(recipe, tokenizer, base)
     decoder, config = load_model(base)
     expect_full(decoder, f"{base}: only an adapter (lora) can be trained on it")
-    model, config = fit_to_tokenizer(decoder, config, tokenizer_of_base(recipe, base), tokenizer)
+    model, config = fit_to_tokenizer(
+        decoder, config, tokenizer_of_base(recipe, base), tokenizer, _ends(recipe, tokenizer)
+    )
     return StartingModel(model, config, WholeModel(config))
 
 
@@ -59,7 +61,7 @@ def _new_model(recipe: Recipe, shape: SLMConfig, tokenizer: SLMTokenizer) -> Sta
     """A new model with the tokenizer's vocabulary, or a larger `model.vocab_size`. Raises `UserError` on conflict."""
     known: dict[str, Any] = {
         "vocab_size": max(len(tokenizer), recipe.model.changes.get("vocab_size", 0)),
-        "eos_token_id": sorted(tokenizer.stop_token_ids),
+        "eos_token_id": _listed(_ends(recipe, tokenizer)),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
@@ -87,9 +89,19 @@ def _adapter(recipe: Recipe, tokenizer: SLMTokenizer, base: Path) -> StartingMod
     settings = recipe.lora.model_copy(update={"modules_to_save": saved})
     return StartingModel(
         *start_adapter(
-            base, settings, recipe.seed, lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer)
+            base, settings, recipe.seed,
+            lambda decoder, config: fit_to_tokenizer(decoder, config, before, tokenizer, _ends(recipe, tokenizer)),
         )
-    )
+    )  # fmt: skip
+
+
+def _ends(recipe: Recipe, tokenizer: SLMTokenizer) -> set[int]:
+    """Ids that end what the model writes: an end of turn only if it learns one. By this a copy of it is known later."""
+    return {tokenizer.eos_token_id} if recipe.reads == "text" else tokenizer.stop_token_ids
+
+
+def _listed(ids: set[int]) -> int | list[int]:
+    return sorted(ids) if len(ids) > 1 else min(ids)
 
 
 def prepare_data(recipe: Recipe, folder: Path, base: Path | None, reporter: Reporter) -> tuple[Corpus, SLMConfig, int]:
@@ -112,9 +124,10 @@ def tokenizer_of_base(recipe: Recipe, base: Path) -> SLMTokenizer:
 
 
 def fit_to_tokenizer(
-    decoder: Decoder, config: SLMConfig, before: SLMTokenizer, after: SLMTokenizer
+    decoder: Decoder, config: SLMConfig, before: SLMTokenizer, after: SLMTokenizer, learned_ends: set[int]
 ) -> tuple[Decoder, SLMConfig]:
-    """The model with a row for every token of `after`, and a config with its ids that end texts and turns.
+    """The model with a row for every token of `after`, and a config whose ids that end texts and turns are the
+    `learned_ends` and those that it had.
 
     `before` is the model's present tokenizer. Raises `UserError` if it does not match the model.
     """
@@ -126,9 +139,9 @@ def fit_to_tokenizer(
     decoder, config = grow_vocabulary(decoder, config, after.pieces_of_new_tokens(before))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     # transformers defaults to id 2, which may be any word.
-    ends = after.stop_token_ids | {*after.special_tokens.values()}.intersection(known)
+    ends = learned_ends | {*after.special_tokens.values()}.intersection(known)
     changes = {
-        "eos_token_id": sorted(ends) if len(ends) > 1 else min(ends),
+        "eos_token_id": _listed(ends),
         "pad_token_id": after.pad_token_id if config.pad_token_id is None else config.pad_token_id,
         "bos_token_id": config.bos_token_id if after.bos_token_id == before.bos_token_id else after.bos_token_id,
     }

@@ -20,16 +20,16 @@ from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.context import Reporter
 from slmkit.workflows.train import train_recipe
 
-PRIMER_STEPS = 720  # time of the whole primer, with preparation and validation, in steps
+PRIMER_STEPS = 740  # time of the whole primer, with preparation and validation, in steps
 PARTS = {
     "primer": "primer: short scenes with questions, to learn to look back in the text",
-    "stories": "pretraining: stories",
+    "stories": "pretraining: stories, some of them followed by questions",
     "chat": "fine-tuning: conversations about scenes and stories",
 }
-RELATIVE_TIMES = {"primer": 1.0, "stories": 3.3, "chat": 2.9}  # the time of each part relative to the primer's
-ALL_PARTS, EVALUATION = sum(RELATIVE_TIMES.values()), 0.2
+RELATIVE_TIMES = {"primer": 1.0, "stories": 4.1, "chat": 2.4}  # the time of each part relative to the primer's
+ALL_PARTS = sum(RELATIVE_TIMES.values())
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
-MOST_EVALUATION = 0.15  # share of the remaining time, which limits the number of questions
+EVALUATION = 0.08  # share of the remaining time for the evaluation
 SMALLEST_SHARE = 0.01
 RESERVE = 0.07  # share of the time kept free: the machine may become slower
 OVERRUN = 1.25  # a part is stopped after this many times its planned time
@@ -83,7 +83,7 @@ def train_quickstart(
         runs[part] = _train_part(part, values, share, min(began + OVERRUN * planned + FIXED, target), reporter)
         shares[part], left = share, left - length
         primer = (time.monotonic() - began) / (share * length)  # measured anew: the machine's load may change
-    return Quickstart(runs["stories"], runs["chat"], shares, primer * (ALL_PARTS + EVALUATION), ends)
+    return Quickstart(runs["stories"], runs["chat"], shares, primer * ALL_PARTS / (1 - EVALUATION), ends)
 
 
 def _train_part(part: str, values: Sequence[str], share: float, until: float, reporter: Reporter) -> RunDirectory:
@@ -105,8 +105,7 @@ def affordable_share(seconds: float, primer_seconds: float, parts: float) -> flo
 
     Between `SMALLEST_SHARE` and 1.
     """
-    evaluation = min(EVALUATION * primer_seconds, MOST_EVALUATION * seconds)
-    share = (seconds - evaluation) / (parts * primer_seconds)
+    share = seconds * (1 - EVALUATION) / (parts * primer_seconds)
     return min(1.0, max(SMALLEST_SHARE, share))
 
 
@@ -116,9 +115,8 @@ def _tell_the_plan(minutes: float, seconds: float, primer: float, reporter: Repo
 
     def needed(share: float) -> float:
         """Minutes in which this share can be read: the inverse of `affordable_share`, with what has passed already."""
-        work, passed = share * ALL_PARTS * primer, 60 * minutes * (1 - RESERVE) - seconds
-        read = min(work + EVALUATION * primer, work / (1 - MOST_EVALUATION))
-        return (read + FIXED + passed) / (1 - RESERVE) / 60
+        passed = 60 * minutes * (1 - RESERVE) - seconds
+        return (share * ALL_PARTS * primer / (1 - EVALUATION) + FIXED + passed) / (1 - RESERVE) / 60
 
     if needed(SMALLEST_SHARE) > minutes:
         least = math.ceil(MARGIN * needed(SMALLEST_SHARE))
@@ -143,7 +141,5 @@ def _seconds_of_a_step() -> float:
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:
     """The recipe with a `share` (0 to 1) of its documents."""
-    names = ("documents", "primer_documents", "validation_documents")
-    counts = {name: round(share * getattr(recipe.data, name)) for name in names}
-    counts["validation_documents"] = max(10, counts["validation_documents"])
+    counts = {name: round(share * getattr(recipe.data, name)) for name in ("documents", "primer_documents")}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=counts)})

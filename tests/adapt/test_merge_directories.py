@@ -22,7 +22,7 @@ from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows import merge as merging
 from tests.adapt.merge_models import MergeRecipe, bits, merge, small, write, write_family
-from tests.model.test_cache import FAMILIES, config
+from tests.model.test_cache import UNLIKE, config
 
 MEAN = {"merge_method": "linear", "models": ["tune-0", "tune-1"]}
 
@@ -38,7 +38,7 @@ def stored_as(directory: Path, dtype: torch.dtype) -> None:
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, directory / WEIGHTS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_every_family_merges_into_the_mean_of_its_weights(family: str, tmp_path: Path) -> None:
     shape = config(family).model_copy(update={"vocab_size": 260})
     write_family(tmp_path, shape, tunes=2)

@@ -20,7 +20,6 @@ from tests.adapt.helpers import FAMILIES, KINDS, adapted, base_in, config_of, id
 from tests.parity.test_transformers import randomised
 
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 TARGETS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -28,6 +27,11 @@ TARGETS: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": r"blocks\.1\.attention\..*"},
     "out alone": {"target_modules": ["attention.out"]},  # in GPT-2 the MLP has a c_proj too
 }
+
+
+def peft() -> Any:
+    """The package, whose import takes seconds."""
+    return pytest.importorskip("peft")
 
 
 def reference(base: Path) -> Any:
@@ -51,7 +55,7 @@ def ours_in(tmp_path: Path, family: str, settings: dict[str, Any], **changes: An
 def check_in_peft(decoder: Decoder, tmp_path: Path) -> None:
     base = reference(tmp_path / "base")
     plain = their_logits(base)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    theirs = peft().PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert (logits(decoder) - their_logits(theirs)).abs().max() <= 1e-4
     assert (their_logits(theirs) - plain).abs().max() > 1e-2  # it does something
 
@@ -75,7 +79,7 @@ def test_so_it_does_of_some_of_the_modules(family: str, targets: str, kind: str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_we_compute_the_logits_of_pefts_adapter(family: str, kind: str, tmp_path: Path) -> None:
     base_in(tmp_path / "base", config_of(family))
-    made = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **KINDS[kind])
+    made = peft().LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **KINDS[kind])
     theirs = saved_by_peft(tmp_path, made)
     adapted_decoder, _, settings = load_adapted(tmp_path / "adapter")
     assert (logits(adapted_decoder) - theirs).abs().max() <= 1e-4
@@ -89,7 +93,7 @@ def test_we_compute_the_logits_of_pefts_adapter(family: str, kind: str, tmp_path
 
 def saved_by_peft(tmp_path: Path, config: Any) -> torch.Tensor:
     """An adapter made by peft with `config`, written to `adapter`; its logits."""
-    model = peft.get_peft_model(reference(tmp_path / "base"), config).eval()
+    model = peft().get_peft_model(reference(tmp_path / "base"), config).eval()
     shake({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     model.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -140,7 +144,7 @@ def test_so_it_does_where_single_layers_have_ranks_of_their_own(tmp_path: Path) 
 )
 def test_we_compute_the_logits_of_pefts_adapter_of_a_dense_deepseek(targets: Any, tmp_path: Path) -> None:
     base_in(tmp_path / "base", config_of("deepseek_v3"))
-    theirs = saved_by_peft(tmp_path, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    theirs = saved_by_peft(tmp_path, peft().LoraConfig(r=3, lora_alpha=5, target_modules=targets))
     assert (logits(load_adapted(tmp_path / "adapter")[0]) - theirs).abs().max() <= 1e-4
 
 
@@ -164,11 +168,11 @@ def test_ranks_and_alphas_of_single_layers_are_pefts(tmp_path: Path) -> None:
     base_in(tmp_path / "base", config_of("llama"))
     patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"down_proj": 9, "1.mlp.up_proj": 2}}
     targets = ["q_proj", "up_proj", "down_proj"]
-    theirs = saved_by_peft(tmp_path, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **patterns))
+    theirs = saved_by_peft(tmp_path, peft().LoraConfig(r=3, lora_alpha=5, target_modules=targets, **patterns))
     decoder, config, settings = load_adapted(tmp_path / "adapter")
     assert (logits(decoder) - theirs).abs().max() <= 1e-4
     save_adapter(decoder, config, settings, tmp_path / "base", tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(reference(tmp_path / "base"), tmp_path / "again").eval()
+    again = peft().PeftModel.from_pretrained(reference(tmp_path / "base"), tmp_path / "again").eval()
     assert (their_logits(again) - theirs).abs().max() <= 1e-4
 
 
@@ -189,7 +193,7 @@ def test_a_head_of_its_own_can_be_adapted(tmp_path: Path) -> None:
     decoder, _ = ours_in(tmp_path, "llama", settings, tie_word_embeddings=False)
     check_in_peft(decoder, tmp_path)
     base_in(tmp_path / "base", config_of("llama", tie_word_embeddings=False))
-    theirs = saved_by_peft(tmp_path, peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
+    theirs = saved_by_peft(tmp_path, peft().LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
     assert (logits(load_adapted(tmp_path / "adapter")[0]) - theirs).abs().max() <= 1e-4
 
 
@@ -206,12 +210,12 @@ def test_what_is_read_back_is_what_was_written_bit_for_bit(family: str, kind: st
 
 def test_a_fused_adapter_of_pefts_is_split_and_written_as_one_again(tmp_path: Path) -> None:
     base_in(tmp_path / "base", config_of("gpt2"))
-    theirs = saved_by_peft(tmp_path, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn"], use_rslora=True))
+    theirs = saved_by_peft(tmp_path, peft().LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn"], use_rslora=True))
     decoder, config, settings = load_adapted(tmp_path / "adapter")
     assert {name.rpartition(".")[2] for name in adapted_linears(decoder)} == {"query", "key", "value"}
     save_adapter(decoder, config, settings, tmp_path / "base", tmp_path / "again")
     assert (logits(load_adapted(tmp_path / "again")[0]) - theirs).abs().max() <= 1e-4
-    again = peft.PeftModel.from_pretrained(reference(tmp_path / "base"), tmp_path / "again").eval()
+    again = peft().PeftModel.from_pretrained(reference(tmp_path / "base"), tmp_path / "again").eval()
     assert (their_logits(again) - theirs).abs().max() <= 1e-4
 
 

@@ -21,7 +21,7 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import empty_decoder, load_decoder
 from slmkit.model.initialization import build_decoder
-from tests.model.test_cache import FAMILIES, config, ids
+from tests.model.test_cache import FAMILIES, UNLIKE, config, ids
 
 every_kind = pytest.mark.parametrize("kind", LARGEST)
 every_embedding = pytest.mark.parametrize("embedding", ["bfloat16", "int8"])
@@ -42,7 +42,7 @@ def write(directory: Path, kind: str, embedding: str = "bfloat16", **changes: ob
     return directory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @every_kind
 @every_embedding
 def test_every_family_comes_back_bit_for_bit(family: str, kind: str, embedding: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ def loss(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(decoder.logits(decoder(ids)[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
+@functools.cache
 def trained_decoder(steps: int = 120) -> Decoder:
+    """Not to be changed by a test."""
     decoder, data = build_decoder(SHAPE, seed=0).train(), rows(1, 16 * steps)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     for batch in data.split(16):

@@ -23,7 +23,8 @@ from pathlib import Path
 
 SLM = "from slmkit.cli import main; main()"
 LOADED_BEFORE = (
-    "torch._dynamo", "torch.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "torch._dynamo", "torch.distributed", "scipy.stats", "uvicorn", "slmkit.serving.app",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
     "slmkit.workflows.train", "slmkit.workflows.quickstart", "slmkit.training.fit", "slmkit.training.logging.plots",
     "slmkit.training.estimate.probe", "slmkit.generation.text", "slmkit.evaluation.loss",
     "slmkit.data.prepare.text_to_shards", "slmkit.cli",
@@ -95,6 +96,7 @@ def serve(descriptor: int) -> None:
     for name in LOADED_BEFORE:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread is not in a fork"
+    os.fsync = lambda descriptor: None  # no power fails here
     gc.collect()
     gc.freeze()  # or the first collection in a fork would copy every page
     connection = socket.socket(fileno=descriptor)

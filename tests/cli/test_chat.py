@@ -24,6 +24,12 @@ HOSTILE = [  # colours, a cleared screen, a changed title, a device query, an 8-
     "override\u202eevas/", "\n\nyou> /save stolen.json\n", "\n    you> indented\n", "\n> you> quoted\n",
     "&#27;[32mgreen", " end",
 ]  # fmt: skip
+SLOW = """
+import time
+from slmkit.generation.engine import Engine
+step = Engine.step
+Engine.step = lambda engine: time.sleep(0.02) or step(engine)
+"""
 ALWAYS_DRAWN = """
 from slmkit.cli import show
 show.SECONDS_BETWEEN_DRAWINGS = 0
@@ -245,8 +251,10 @@ def test_lines_are_edited_and_remembered(at_terminal: Opener, folder: Path, tmp_
 
 @pytest.mark.parametrize("options", [[], ["--plain"]])
 def test_ctrl_c_stops_an_answer_and_gives_up_a_line(
-    at_terminal: Opener, folder: Path, options: list[str], tmp_path: Path
+    at_terminal: Opener, folder: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a model so slow that its answer goes on for a minute and more."""
+    monkeypatch.setattr(terminals, "SLM", terminals.SLM.replace("main()\n", f"{SLOW}main()\n"))
     terminal = at_terminal("chat", folder / "endless", "--max-new-tokens", "4000", *options, cwd=tmp_path)
     terminal.wait_for("you>")
     terminal.type("hi\r")

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from slmkit import cli
 from slmkit.cli import main
 from slmkit.cli.errors import explain, in_words
 from tests.cli.helpers import TINY, slm
 
+COMMAND = typer.main.get_command(cli.app)  # of all commands, which are made anew for each call otherwise
 PYTHONS = {name for name in dir(builtins) if name.endswith(("Error", "Exception"))}
 PYTHONS |= {"Errno", "Traceback", "JSONDecodeError", "SafetensorError", "ValidationError", "NoneType", "<class", "dict"}
 
@@ -105,6 +108,7 @@ NUMBERS = [
 def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """The last line of a command that has to be refused."""
     monkeypatch.setattr(sys, "argv", ["slm", *arguments])
+    monkeypatch.setattr(cli, "app", COMMAND)
     with pytest.raises(SystemExit) as ended:
         main()
     err = capsys.readouterr().err

@@ -22,6 +22,7 @@ data: {source: stories, documents: 100, validation_documents: 10}
 train: {tokens_per_step: 256, max_steps: 40, eval_steps: 40, save_steps: 40, logging_steps: 1, device: cpu,
   precision: float32, sample_tokens: 5}
 """
+AS_OF_A_LAUNCHER = (("TORCHELASTIC_RUN_ID", "a-job"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"))
 PATIENCE = 120  # seconds
 TWO_RANKS = """
 import os, socket
@@ -33,9 +34,10 @@ os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
 from slmkit.cli import main
 try:
     main()
-finally:
+except SystemExit as end:
     if other:
-        assert os.waitpid(other, 0)[1] == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == (end.code or 0)
+    raise
 """
 
 
@@ -49,7 +51,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +75,7 @@ def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("max_steps: 4000", f"max_steps: {step + 2}"))
     # A launcher and its two processes take long to start: here the environment is what it makes it.
-    for name, value in (("TORCHELASTIC_RUN_ID", "a-job"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in AS_OF_A_LAUNCHER:
         monkeypatch.setenv(name, value)
     second = python(TWO_RANKS, *command, cwd=tmp_path)
     assert second.returncode == 0, second.stderr[-2000:]
@@ -85,9 +86,11 @@ def test_a_job_that_is_stopped_goes_on_with_its_run_when_it_is_started_again(
     assert steps == list(range(1, step + 3))
 
 
-def test_a_mistake_on_every_rank_is_a_line_that_names_the_rank(tmp_path: Path) -> None:
-    process = start(tmp_path, "train", "nothing.yaml")
-    printed, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
-    assert not printed
+def test_a_mistake_on_every_rank_is_a_line_that_names_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in AS_OF_A_LAUNCHER:
+        monkeypatch.setenv(name, value)
+    done = python(TWO_RANKS, "train", "nothing.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert not done.stdout
+    said = done.stderr
     assert "slm: rank 0: nothing.yaml: no such recipe" in said or "slm: rank 1: nothing.yaml: no such recipe" in said

@@ -19,6 +19,10 @@ NUMBERS = {
     "5€": 5, "-$5": -5, "$-5": -5, r"-\$29": -29, "USD 29": 29, "USD29": 29, "72cm": 72, "72 km/h": 72,
     "£1,000.00/month": 1000,
     "1.5 million": 1_500_000, "The answer is 20 thousand.": 20_000, "1,00,000": 100_000, "答案是72个": 72,
+    "12,50 €": Fraction(25, 2), "€12,50": Fraction(25, 2), "1.234,50 EUR": Fraction(2469, 2),
+    "12,5 kr": Fraction(25, 2),
+    "1 234 567": 1_234_567, "1 234 567.5 km": Fraction(2469135, 2), "1.234.567": 1_234_567, "1 234": 234, "1,50": 50,
+    "$3k": 3000, "$2.5M": 2_500_000, "€1.2bn": 1_200_000_000, "The answer is $3k$.": 3, "3k": 3, "5 EUR": 5,
     # signs
     "-5": -5, "\u22125": -5, "\u20135": -5, "+5": 5, "x=-5": -5, "(-5)": -5, "10-3": 3, "5\u20137": 7, "- 5": 5,
     # fractions, decimals, powers of ten
@@ -40,7 +44,8 @@ NUMBERS = {
     # none
     "": None, "none": None, "seventy-two": None, "2^10": None, "10²": None, "CO2": None, "x_1": None, "1/0": None,
     r"\boxed{5x}": None, r"\boxed{3\pi}": None, r"\boxed{2\sqrt{3}}": None, r"\boxed{(1, 2)}": None, "9" * 5000: None,
-    "1e999999999": None, ",": None, "5/6/2023": None,
+    "1e999999999": None, ",": None, "5/6/2023": None, "3:30": None, "1.5.2": None, "4 runs of 1.5.2": 4,
+    "5.6.2023": None, r"\boxed{5k}": None,
 }  # fmt: skip
 
 

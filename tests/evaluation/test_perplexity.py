@@ -14,7 +14,7 @@ import torch
 from slmkit.config import UserError
 from slmkit.device import find_device
 from slmkit.evaluation import perplexity
-from slmkit.evaluation.perplexity import start_tokens, text_result, token_losses, windows
+from slmkit.evaluation.perplexity import blocks_of, start_tokens, text_result, token_losses, windows
 from slmkit.evaluation.results import TaskResult
 from slmkit.generation.ensemble import Ensemble
 from slmkit.model.config import SLMConfig
@@ -25,7 +25,7 @@ from tests.evaluation.known_models import counting, uniform
 
 TOKENIZER = SLMTokenizer(260)  # a token is a byte; the end of text is 0 and stands before each document
 V, P = 260, 0.7
-GEOMETRIES = [(window, stride) for window in (8, 16) for stride in range(1, 17)]
+GEOMETRIES = [(window, stride) for window in (8, 16) for stride in range(1, window + 1)]
 
 
 def texts(count: int = 40) -> list[str]:
@@ -69,7 +69,7 @@ def test_every_token_is_scored_once_and_a_uniform_model_has_the_vocabulary_as_pe
         assert scored == {number: length for number, length in enumerate(lengths) if length}
         assert result.score("perplexity").value == pytest.approx(V, abs=1e-6)
         assert result.score("loss").value == pytest.approx(math.log(V), abs=1e-9)
-        assert result.recipe["stride"] == min(stride, window)
+        assert result.recipe["stride"] == stride
         assert len(result.errors) == len(documents) - len(result.items)
 
 
@@ -150,6 +150,30 @@ def test_bits_per_byte_are_of_the_original_text() -> None:
     assert result.score("word_perplexity").value == pytest.approx(2 ** (bits / words), rel=1e-9)
 
 
+def test_items_of_a_single_document_are_its_blocks_whatever_the_tokens() -> None:
+    """The same blocks, with the same bytes, for tokenizers of one and of several bytes a token."""
+    text = "".join(f"The fox had {n} kites, and a hen é had {n * n}.\n" for n in range(300))
+    merging, found = SLMTokenizer(300), []
+    merging.train([text])
+    for tokenizer in (TOKENIZER, merging):
+        model, ids = uniform(len(tokenizer)), tokenizer.encode(text)
+        result = text_result(model, tokenizer, [text], left_out=[300.0])
+        assert result.recipe["items"] == "blocks of 2,048 characters"
+        assert result.score("bits_per_byte").n == len(blocks_of(text)) > 5
+        bits = len(ids) * math.log2(len(tokenizer)) / (len(text.encode()) + 300)
+        assert result.score("bits_per_byte").value == pytest.approx(bits, abs=1e-9)
+        for item, block in zip(result.items, blocks_of(text)):
+            tokens = item.values["loss"][1]
+            assert abs(tokens - len(tokenizer.encode(block))) <= 2  # tokens that cross a border
+            assert item.values["bits_per_byte"][1] == pytest.approx(len(block.encode()) + block.count("\n"))
+        found.append([item.values["bits_per_byte"][1] for item in result.items])
+        bare = text_result(model, tokenizer, [text], start=())
+        assert sum(item.values["loss"][1] for item in bare.items) == len(ids) - 1
+    assert found[0] == found[1]
+    assert "".join(blocks_of(text)) == text
+    assert [len(block) for block in blocks_of("a" * 5000)] == [2048, 2048, 904]
+
+
 def test_no_figure_is_a_mean_of_means_and_its_error_is_that_of_a_ratio() -> None:
     model, documents = counting(V, P), ["abcdefgh" * 4, "zax"]
     result = text_result(model, TOKENIZER, documents, window=16)
@@ -203,6 +227,8 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
     evaluate = partial(text_result, model, TOKENIZER)
     with pytest.raises(UserError, match="at most 64 tokens at once"):
         evaluate(["a fox"], window=65)
+    with pytest.raises(UserError, match="a stride of 33 tokens is longer than the window of 32: lower --stride"):
+        evaluate(["a fox"], window=32, stride=33)
     with pytest.raises(UserError, match="no token to predict"):
         evaluate(["", ""])
     with pytest.raises(UserError, match="no token to predict"):

@@ -50,7 +50,9 @@ def refusal(folder: Path, name: str, rows: list[Any], **options: Any) -> str:
 
 def test_a_task_that_can_be_measured_is_run(tmp_path: Path) -> None:
     assert asked(tmp_path, "gsm8k", SUMS).requests
-    assert asked(tmp_path, "humaneval", [DOUBLE]).requests
+    done = list[tuple[int, int]]()
+    assert asked(tmp_path, "humaneval", [DOUBLE], progress=lambda *counts: done.append(counts)).requests
+    assert done[2:] == [(1, 1)] * 3  # after the form was found: the right answer, the wrong one, and the model's
 
 
 def test_an_answer_that_a_filter_does_not_find_refuses_the_task(tmp_path: Path) -> None:

@@ -203,6 +203,10 @@ def test_blimp_is_the_mean_of_its_tasks_and_its_error_that_of_fixed_tasks(tmp_pa
 
 
 def test_in_mmlu_and_its_parts_all_questions_weigh_the_same(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="no file of its test split in .*; nor of 56 more of its 57 tasks: mmlu_anatomy, "
+    ):
+        load_tasks(["mmlu"], data=tmp_path)
     for number, path in enumerate(sorted((FOLDER / "mmlu/default").glob("mmlu_*.yaml"))):
         subject = load_yaml(path)["dataset_name"]
         lines = [f"{subject} {n}?,p,q,r,s,{'ABCD'[n % 4]}\n" for n in range(2 + number % 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+@functools.cache
 def small_tokenizer() -> SLMTokenizer:
+    """Not to be changed by a test."""
     tokenizer = SLMTokenizer(400)
     tokenizer.train(story.text for story in stories.tell_many(0, 50))
     return tokenizer

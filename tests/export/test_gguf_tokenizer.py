@@ -22,7 +22,7 @@ from tests.tokenizer import kinds
 from tests.tokenizer.conftest import LLAMA_TEMPLATE, TEXTS
 from tests.tokenizer.kinds import CONFIG, REAL, directory_of, with_bos
 
-STRINGS = 300
+STRINGS = 150
 CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
 {%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
@@ -37,7 +37,7 @@ def split_by(patterns: tuple[str, ...], whole_words: bool) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = [
         *TEXTS,
-        *probe_strings((), 300),
+        *probe_strings((), 150),
         "in 1984 and 2026, 123456 of 7890 DON'T We'LL I'm HELLO World CamelCase",
     ] * 2
     tokenizer.train_from_iterator(
@@ -111,7 +111,6 @@ def test_merges_by_rank_of_characters(kind: str, tmp_path: Path, monkeypatch: py
     assert different(folder) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", REAL)
 def test_real_tokenizers(kind: str, tmp_path: Path) -> None:
     folder = directory_of(kind, tmp_path)
@@ -124,8 +123,9 @@ def test_real_tokenizers(kind: str, tmp_path: Path) -> None:
         (folder / "tokenizer_config.json").write_text(
             json.dumps(CONFIG | {"pad_token": "</s>"})
         )  # as the file itself says
-        assert metadata(folder)["model"] == "llama"
     assert different(folder) == []
+    if kind in ("llama2", "tinystories-sp8192"):
+        assert gguf.GGUFReader(folder / "tiny.gguf").fields["tokenizer.ggml.model"].contents() == "llama"
 
 
 REFUSED: dict[str, str] = {
@@ -217,7 +217,7 @@ def test_special_tokens_in_text_are_read_as_python_reads_them(typed: Path) -> No
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(typed), SLMTokenizer.from_pretrained(typed)
     tags = ["<|im_end|>", "<think>", "a<|im_start|>b", "</s> <s>", "<|fim_prefix|>x", "<|im_end"]
-    said = [text for text in probe_strings(tags, 500) if text.strip()][:200]
+    said = [text for text in probe_strings((*tags,), 500) if text.strip()][:200]
     with in_llama_cpp(typed) as runtime:
         assert [text for text in tags if runtime.encode(text) != ours.encode(text)] == []
         for number, text in enumerate(said):

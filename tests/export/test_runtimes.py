@@ -61,7 +61,7 @@ class Changed(Runtime):
 def test_strings_are_the_same_each_time_and_of_all_scripts() -> None:
     texts = probe_strings(("<|im_end|>", "<think>"), 10_000)
     assert len(texts) == 10_000
-    assert texts == probe_strings(("<|im_end|>", "<think>"), 10_000)
+    assert texts == probe_strings.__wrapped__(("<|im_end|>", "<think>"), 10_000)
     whole = "".join(texts)
     for some in (
         "кошка", "γάτα", "חתול", "قطة", "बिल्ली", "แมว", "한국어", "日本語", "ねこ", "კატა", "կատու", "ድመት", "ꆀ",

@@ -21,7 +21,8 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from tests.generation.helpers import TOKENIZER, ByteTokens, ScriptedModel, byte_decoder
-from tests.model.test_cache import config, decoder_of, every_family
+from tests.long import several
+from tests.model.test_cache import config, decoder_of, unlike_families
 from tests.model.test_decoder import tiny
 
 GREEDY = SamplingSettings(do_sample=False)
@@ -88,7 +89,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"slmkit.generation.{module}.AT_ONCE", 3)
 
 
-@every_family
+@unlike_families
 @pytest.mark.usefixtures("small_pieces")
 def test_every_family_says_what_it_says_without_cache_batch_or_pieces(family: str) -> None:
     """Windows are shorter than the texts; prompts are read in pieces; rows join while others run."""
@@ -103,7 +104,7 @@ def test_every_family_says_what_it_says_without_cache_batch_or_pieces(family: st
         assert found[handle, 0] == plain(decoder, prompt, 18), handle
 
 
-@every_family
+@unlike_families
 @pytest.mark.usefixtures("small_pieces")
 def test_every_family_goes_on_from_what_another_text_has_read(family: str) -> None:
     decoder, shared = decoder_of(family).double(), numbers(17, 3)
@@ -150,13 +151,14 @@ def exact_decoder(vocab_size: int = 97) -> Decoder:
     return build_decoder(small, seed=3).eval().double()
 
 
-def test_two_hundred_rounds_of_twelve_mixed_requests_in_any_order() -> None:
+@pytest.mark.slow
+def test_many_rounds_of_twelve_mixed_requests_in_any_order() -> None:
     asked, model = with_text(), exact_decoder(260)
     expected = [alone(model, request, TOKENIZER) for request in asked]
     assert "".join(event.text for event in run_request(model, asked[3], TOKENIZER))[:3].strip("ab") == ""
     shuffled = random.Random(5)
     engine = Engine(model, TOKENIZER, max_rows=5)  # goes on with the slots, and what they hold, of the rounds before
-    for _ in range(200):
+    for _ in range(several(30, 200)):
         handles, order, events = {}, shuffled.sample(range(12), 12), []
         for number in order:
             handles[engine.insert(asked[number])] = number
@@ -580,7 +582,7 @@ def until_a_stop(text: str, stop: Sequence[str]) -> str:
 
 def test_stop_strings_in_any_tokens_end_the_text_before_them() -> None:
     pick = random.Random(2)
-    for _ in range(2000):
+    for _ in range(several(400, 2000)):
         text = "".join(pick.choice(["a", "b", "ab", "\n", "O P", "é", "😀", " "]) for _ in range(pick.randint(1, 14)))
         stop = [
             "".join(pick.choice("ab\n OPé😀") for _ in range(pick.randint(1, 4))) for _ in range(pick.randint(0, 3))

@@ -17,6 +17,7 @@ from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import ask, validation_loss
 from slmkit.generation.chat import ChatSession
+from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import Ensemble
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
@@ -26,7 +27,9 @@ from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
 from tests.generation.helpers import TOKENIZER, byte_decoder, complete
-from tests.model.test_cache import FAMILIES, config
+from tests.generation.test_engine import run
+from tests.long import several
+from tests.model.test_cache import UNLIKE, config
 from tests.model.test_decoder import ids, tiny
 
 GREEDY = SamplingSettings(do_sample=False)
@@ -89,7 +92,7 @@ def test_what_one_member_thinks_impossible_counts_with_the_others_share() -> Non
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED, SamplingSettings(do_sample=False, repetition_penalty=1.4)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_an_ensemble_of_one_is_the_model(family: str, settings: SamplingSettings) -> None:
     decoder = build_decoder(config(family), seed=3).eval()
     x = ids(2, 6)
@@ -111,9 +114,12 @@ def test_greedy_tokens_are_those_of_the_largest_mean_probability() -> None:
 def test_sampled_tokens_are_as_frequent_as_the_mean_says() -> None:
     members, x = unlike(), ids(1, 5)
     expected = mean_of_probabilities(members, [1, 1, 1], x)[0, -1]
-    drawn = generate(Ensemble(members), x.expand(4_000, -1), 1, SamplingSettings(seed=1))[:, -1]
-    frequency = np.bincount(drawn.numpy(), minlength=97) / 4_000
-    assert np.abs(frequency - expected).max() < 5 * (expected * (1 - expected) / 4_000).max() ** 0.5
+    total, engine = several(2_000, 10_000), Engine(Ensemble(members), max_rows=64)
+    engine.insert(Request(x[0].tolist(), 1, SamplingSettings(seed=1), n=total))  # whose prompt is read once
+    drawn = [event.token for event in run(engine)]
+    assert len(drawn) == total
+    frequency = np.bincount(drawn, minlength=97) / total
+    assert np.abs(frequency - expected).max() < 5 * (expected * (1 - expected) / total).max() ** 0.5
     assert np.abs(frequency - mean_of_probabilities(members[:1], [1], x)[0, -1]).max() > 0.05
 
 

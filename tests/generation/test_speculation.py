@@ -25,7 +25,8 @@ from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from tests.generation.helpers import TOKENIZER, ScriptedModel, byte_decoder
 from tests.generation.test_engine import GREEDY, SETTINGS, alone, numbers, plain, run, tokens_of
-from tests.model.test_cache import decoder_of, every_family
+from tests.long import several
+from tests.model.test_cache import decoder_of, unlike_families
 from tests.model.test_decoder import tiny
 
 
@@ -68,7 +69,7 @@ class Right(Speculation):
         return Guess([*text[:-1], 96 - text[-1]] if text and len(row.ids) % 3 == 0 else text)
 
 
-@every_family
+@unlike_families
 def test_greedy_text_is_the_same_for_every_family_and_every_guess(family: str) -> None:
     decoder = decoder_of(family)
     prompts = [numbers(length, length) for length in (3, 19, 11)]
@@ -259,7 +260,7 @@ class Fixed(Speculation):
         return Guess([2, 1, 0][: min(self.count, room)])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(several(2, 4)))
 def test_one_verdict_has_the_distribution_of_the_model(seed: int) -> None:
     """The first of two guesses, drawn from q by `sample`; p and q have parts that the other lacks."""
     random = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
+from tests.long import several
 
 LENGTH = 40
 SIZES = {
@@ -33,7 +34,11 @@ FAMILIES = {
     "deepseek_v3": LATENT,
     "slm": {"norm": "layer", "norm_at": "both", "gated_mlp": False, "qk_norm": "width", "sliding_window": 1},
 }
+# Those that are unlike each other, for what the families have in common: positions learned, rotary and alternating,
+# windows everywhere and in some layers, caps, latent attention, each place and kind of norm.
+UNLIKE = several(("gpt2", "llama", "mistral", "gemma2", "deepseek_v3", "slm"), tuple(FAMILIES))
 every_family = pytest.mark.parametrize("family", FAMILIES)
+unlike_families = pytest.mark.parametrize("family", UNLIKE)
 
 
 def config(family: str) -> SLMConfig:

@@ -18,13 +18,16 @@ from slmkit.model.compiled import CompiledDecoder, for_decoding
 from slmkit.model.decoder import Decoder, Embedding
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.initialization import build_decoder
+from tests.long import several
 from tests.model.test_cache import config
 from tests.parity.configurations import DRAW, PER_FAMILY
 from tests.parity.twins import Twins, text, twins
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler")
 LATENT = {"deepseek_v3"}
-CONFIGURATIONS = [(family, number) for family in DRAW if family not in LATENT for number in range(PER_FAMILY)]
+CONFIGURATIONS = [
+    (family, number) for family in DRAW if family not in LATENT for number in range(several(4, PER_FAMILY))
+]
 every_configuration = pytest.mark.parametrize(("family", "number"), CONFIGURATIONS, ids=lambda value: str(value))
 
 

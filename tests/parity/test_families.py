@@ -16,10 +16,11 @@ from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.families import family_of
 from slmkit.model.files.directory import save_decoder, stored_names
+from tests.long import several
 from tests.parity.configurations import DRAW, PER_FAMILY
 from tests.parity.twins import BEFORE_5, Twins, text, twins, twins_of
 
-CONFIGURATIONS = [(family, number) for family in DRAW for number in range(PER_FAMILY)]
+CONFIGURATIONS = [(family, number) for family in DRAW for number in range(several(4, PER_FAMILY))]
 every_configuration = pytest.mark.parametrize(("family", "number"), CONFIGURATIONS, ids=lambda value: str(value))
 GREEDY = SamplingSettings(do_sample=False)
 

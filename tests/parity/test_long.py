@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from tests.long import several
 from tests.model.test_rope import TRAINED, scalings
 from tests.parity.configurations import VOCAB
 from tests.parity.twins import BEFORE_5, text, twins_of
 
-LENGTHS = [32_768, 131_072] if os.environ.get("SLMKIT_TEST_LONG") else [10_000]
+LENGTHS = several([10_000], [32_768, 131_072])
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
     "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,

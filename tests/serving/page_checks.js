@@ -92,19 +92,10 @@
     return wrong;
   },
 
-  /** Seconds for texts of marks alone, the slowest first: [[seconds, mark]]. */
-  async timesOfMarks(times) {
+  /** Markdown of a text in an element that is not shown. */
+  async drawn(text) {
     const { Markdown } = await import("/page/markdown.js");
-    const marks = [
-      "**a ", "*a ", "_a ", "`", "`a ", "[a](", "> ", "- ", "1. ", "# ", "```", "~~a", "[", "\\", "__a", "- - ", "> - ", "a\n- ", "\n",
-      "a\n", "- a\n  - b\n", "(", "[a](b", "``a`",
-    ];
-    const taken = marks.map((mark) => {
-      const start = performance.now();
-      new Markdown(document.createElement("div")).update(mark.repeat(times));
-      return [(performance.now() - start) / 1000, mark];
-    });
-    return taken.sort((a, b) => b[0] - a[0]);
+    new Markdown(document.createElement("div")).update(text);
   },
 
   /** Enter in every stage of a composition. */

@@ -243,7 +243,7 @@ def test_bombs_are_refused_and_leave_nothing(server: Server) -> None:
 def test_what_is_too_large_or_without_a_key_is_refused() -> None:
     """While others with a key are served."""
     key = "k" * 32
-    with slm_serve(model_directory(), fork=False, SLM_API_KEYS=key) as server:
+    with slm_serve(model_directory(), SLM_API_KEYS=key) as server:
         before = complete(server.url, key=key).body
         held = memory(server)
         large_ones = 200 if IS_LONG else 40
@@ -294,7 +294,7 @@ def test_sigterm_under_load_lets_every_open_answer_end(expected: list[str]) -> N
         server.process.send_signal(signal.SIGTERM)
         return await loading
 
-    with slm_serve(model_directory(), fork=False) as server:
+    with slm_serve(model_directory()) as server:
         found = run(until_the_end(server))
         code, errors = server.wait()
     assert code == 0, errors

@@ -12,6 +12,7 @@ from hypothesis.errors import Unsatisfiable
 
 from slmkit.serving.models import ServedModel
 from slmkit.serving.protocol import REFUSED
+from tests.long import several
 from tests.serving.servers import Client, llama, serving
 from tests.serving.test_chat import said
 
@@ -277,7 +278,8 @@ def check_description(client: Client, schemathesis: Any, mode: str) -> None:
         case = operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode))
 
         @settings(
-            max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck),
+            max_examples=several(15, 40), deadline=None, database=None, derandomize=True,
+            suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],
         )  # fmt: skip
         @given(case=case)

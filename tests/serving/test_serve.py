@@ -42,7 +42,6 @@ from tests.serving.processes import (
 )
 from tests.serving.servers import alone
 
-pytestmark = pytest.mark.slow
 KEY, OTHER_KEY = "a-key-of-many-characters", "another-key-of-many-characters"
 
 

@@ -19,6 +19,7 @@ from slmkit.serving import app
 from slmkit.serving.answers import Answer as Made
 from slmkit.serving.models import ServedModel, completion_requests
 from slmkit.serving.protocol import CompletionRequest, read
+from tests.long import several
 from tests.serving.servers import Answer, Client, Script, chunks_of, llama, serving
 
 MODES: list[dict[str, Any]] = [{"stream": False}, {"stream": True}, {"n": 2}, {"n": 2, "stream": True}]
@@ -67,7 +68,7 @@ def finishes(answer: Answer) -> list[str]:
 def test_stop_strings_at_random(client: Client, m3: Script) -> None:
     dice = random.Random(1)
     pieces = ["a", "b", "c", "ab", "bc", "abc", "ca", "aa"]
-    for _ in range(200):
+    for _ in range(several(60, 200)):
         tokens = dice.choices(pieces, k=dice.randint(1, 10))
         stops = ["".join(dice.choices("abc", k=dice.randint(1, 4))) for _ in range(dice.randint(1, 3))]
         m3.say(*tokens)
@@ -88,10 +89,10 @@ class Kept:
             yield event
 
 
-def test_stop_strings_of_two_thousand_texts() -> None:
+def test_stop_strings_of_hundreds_of_texts() -> None:
     """As above, below the socket: 200 texts of a script at a time, since a longer prompt begins further on in it."""
     dice, script = random.Random(2), Script(max_rows=64)
-    for _ in range(10):
+    for _ in range(several(2, 10)):
         tokens = dice.choices(["a", "b", "c", "ab", "bc", "abc", "ca", "aa"], k=210)
         script.say(*tokens)
         engine, asked = script.served.new_engine(), {}

@@ -33,7 +33,6 @@ from tests.serving.processes import (
     until,
 )
 
-pytestmark = pytest.mark.slow
 KEY, OTHER_KEY = "a-key-of-many-characters", "another-key-of-many-characters"
 # The options that vLLM's documentation lists, and its key from the environment.
 VLLM = f"""#!{sys.executable}

@@ -33,6 +33,7 @@ from slmkit.training.optimizers.choose import OPTIMIZERS
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.hooks import Validate
+from tests.long import several
 from tests.training.helpers import LENGTH, TOKENIZER, Changed, config, settings
 from tests.training.ranks import on_ranks
 
@@ -116,9 +117,10 @@ def test_many_processes_train_what_one_trains(tmp_path: Path, world: int, parall
     assert_same_run(tmp_path, one_process(optimizer))
 
 
-@pytest.mark.parametrize(
-    "ranks", [[(2, "ddp"), (4, "fsdp"), (1, "auto")], [(1, "auto"), (2, "fsdp"), (4, "ddp")]], ids=["down", "up"]
-)
+UP_AND_DOWN, UP = [(2, "ddp"), (4, "fsdp"), (1, "auto")], [(1, "auto"), (2, "fsdp"), (4, "ddp")]
+
+
+@pytest.mark.parametrize("ranks", several([UP_AND_DOWN], [UP_AND_DOWN, UP]), ids=str)
 def test_a_checkpoint_is_read_by_any_number_of_processes(tmp_path: Path, ranks: list[tuple[int, str]]) -> None:
     for part, (world, parallel) in enumerate(ranks):
         stop_at = 2 * part + 2 if part < 2 else None

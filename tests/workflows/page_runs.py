@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fastapi import FastAPI
 
 from slmkit.serving.app import add_page
@@ -14,6 +15,7 @@ from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe
 from slmkit.workflows.page_data import PageData
 from slmkit.workflows.train import train_recipe
+from tests.conftest import leave_out_plan_and_pictures
 from tests.test_life import FEW_STEPS, Silent
 
 SIZES = [
@@ -37,13 +39,16 @@ def story_recipe(root: Path, part: str, steps: int, *overrides: str, documents: 
 
 def make_runs(folder: Path, objectives: Sequence[str] = ("dpo", "kto")) -> Path:
     """`stories`, `chat` on top of it, and of `objectives` `answers/dpo` and `answers/kto`, in `folder`."""
-    stories = train_recipe(story_recipe(folder / "stories", "stories", 6, *SIZES, "train.eval_steps=2"), Silent()).root
-    chat = [f"model.path={stories}", "train.sequence_length=512", "train.eval_steps=2"]
-    train_recipe(story_recipe(folder / "chat", "chat", 4, *chat), Silent())
-    for objective in objectives:
-        sections = {"objective": objective, "output_dir": str(folder / "answers" / objective), "data": SUMS}
-        recipe = Recipe.model_validate(sections | {"model": {"path": str(stories)}, "train": ANSWERS})
-        train_recipe(recipe, Silent(), force=True)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_plan_and_pictures(patch)
+        first = story_recipe(folder / "stories", "stories", 6, *SIZES, "train.eval_steps=2")
+        stories = train_recipe(first, Silent()).root
+        chat = [f"model.path={stories}", "train.sequence_length=512", "train.eval_steps=2"]
+        train_recipe(story_recipe(folder / "chat", "chat", 4, *chat), Silent())
+        for objective in objectives:
+            sections = {"objective": objective, "output_dir": str(folder / "answers" / objective), "data": SUMS}
+            recipe = Recipe.model_validate(sections | {"model": {"path": str(stories)}, "train": ANSWERS})
+            train_recipe(recipe, Silent(), force=True)
     return folder
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +30,9 @@ from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import load_decoder
 from slmkit.workflows import export as workflow
 from slmkit.workflows.export import export, record_of, verify
+from tests.cli.helpers import SLM, python
 from tests.export.small_model import write_small
+from tests.serving.processes import Fork
 
 pytest.importorskip("transformers")
 HAS_LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
@@ -41,7 +41,8 @@ needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="xllamacpp is abs
 
 @pytest.fixture(autouse=True)
 def few_strings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workflow, "STRINGS", 200)
+    monkeypatch.setattr(workflow, "STRINGS", 100)
+    monkeypatch.setattr(workflow, "CONVERSATIONS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -350,43 +351,27 @@ def test_what_got_the_name_meanwhile_stays(model: Path, tmp_path: Path, monkeypa
 
 # -- disks and signals ------------------------------------------------------------------------------------------------
 
-EXPORT = """
-import sys
-from slmkit.workflows import export
-export.STRINGS = 50
-from slmkit.cli import main
-sys.argv = ["slm", *sys.argv[1:]]
-main()
+LIMIT = 40_000  # bytes of a file: less than the weights, more than the tokenizer
+ON_A_FULL_DISK = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({LIMIT}, {LIMIT}))
+{SLM}
 """
-
-
-def begun(*words: str | Path, before: Callable[[], object] | None = None, code: str = EXPORT) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=before,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [("hf", "--type", "float32"), ("hf", "--type", "int8"), ("gguf", "--type", "F32")])
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(words: tuple[str, ...], model: Path, tmp_path: Path) -> None:
     out = tmp_path / f"out{TARGETS[words[0]].suffix}"
-    limit = 40_000  # bytes of a file: less than the weights, more than the tokenizer
-    process = begun(
-        "export", model, "--to", *words, "--output", out, "--unverified",
-        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    _, errors = process.communicate(timeout=300)
-    last = errors.strip().splitlines()[-1]
-    assert process.returncode == 2, errors
+    done = python(ON_A_FULL_DISK, "export", model, "--to", *words, "--output", out, "--unverified")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
     assert last.startswith("slm: ")
     assert "cannot be written" in last
     assert entries(tmp_path) == []
 
 
-STOPPED = EXPORT.replace(
-    "main()",
-    """
-import os, time
+STOPPED = f"""
+import time
 from slmkit.export import targets
 write = targets.write_shards
 def slow(*arguments):
@@ -394,24 +379,28 @@ def slow(*arguments):
     print("written", flush=True)
     time.sleep(600)
 targets.write_shards = slow
-main()
-""",
-)
+{SLM}
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_export_leaves_nothing_under_its_name(number: signal.Signals, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = begun("export", model, "--to", "hf", "--output", out, code=STOPPED)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n"
-    (staged,) = tmp_path.iterdir()  # while it is written, it has another name
-    assert staged.name.startswith(".out.")
-    process.send_signal(number)
-    process.communicate(timeout=120)
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as said, open(os.devnull, "r+") as none:
+        words = ["export", str(model), "--to", "hf", "--output", str(out)]
+        process = Fork(STOPPED, words, [none.fileno(), writing, none.fileno()])
+        os.close(writing)
+        try:
+            assert said.readline() == "written\n"
+            (staged,) = tmp_path.iterdir()  # while it is written, it has another name
+            assert staged.name.startswith(".out.")
+        finally:
+            process.send_signal(number)
+            code = process.wait(300)
     assert not out.exists()
     if number == signal.SIGINT:
-        assert process.returncode == 130
+        assert code == 130
         assert entries(tmp_path) == []
     # What a killed process left is deleted by the next one.
     export(str(model), Request("hf", str(out)))
@@ -529,7 +518,7 @@ def test_the_command_prints_a_table_and_ends_with_1_where_something_differs(
             main()
         out = capsys.readouterr().out
         assert ended.value.code == code, out
-        row = next(line for line in out.splitlines() if str(path) in line and "200/200" in line)
+        row = next(line for line in out.splitlines() if str(path) in line and "100/100" in line)
         assert word in row
     assert f"{copied} float32: log-probabilities: " in out
 

@@ -36,7 +36,7 @@ from slmkit.data.sources.built_in import PRIMER
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
-REVISION_STREAM = 500_009  # added to the seed for the primer's texts among the stories
+REVISION_STREAM = 500_009  # added to the seed for the texts with questions among the stories
 # Added to the tokenizer's training text, so that the chat template's words are few tokens.
 CHAT_WORDS = ("user\n", "assistant\n", "Tell me a story about")
 
@@ -284,9 +284,9 @@ class _Preparation:
         return TokenShards.open(link)
 
     def _with_primer(self, documents: Items) -> Iterator[Document]:
-        """The stories, evenly mixed with primer texts that no run on the primer alone has read."""
+        """The stories, evenly mixed with texts with questions, which no other run reads."""
         wanted = self.data.primer_documents
-        primer = map(Document, stories.primer_texts(self.seed + REVISION_STREAM, wanted))
+        primer = map(Document, stories.revision_texts(self.seed + REVISION_STREAM, wanted))
         for index, story in enumerate(documents):
             yield story
             due = (index + 1) * wanted // self.data.documents - index * wanted // self.data.documents

@@ -20,11 +20,15 @@ Position: TypeAlias = dict[str, int]
 
 
 class Document(NamedTuple):
-    """A text, or a piece of a long one: `ends` is False in all but its last piece, `begins` in all but its first."""
+    """A text, or a piece of a long one: `ends` is False in all but its last piece, `begins` in all but its first.
+
+    `left_out`: bytes that it has in its file besides, such as those of Windows line ends and a byte-order mark.
+    """
 
     text: str
     ends: bool = True
     begins: bool = True
+    left_out: int = 0
 
 
 class Conversation(list[Message]):

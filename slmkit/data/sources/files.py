@@ -95,8 +95,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def local_file(path: str | Path) -> File:
-    path = Path(path)
-    return File(str(path), lambda: path.open("rb"), lambda: described(path))
+    return File(str(path), lambda: Path(path).open("rb"), lambda: described(Path(path)))
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -162,8 +161,7 @@ def whole_lines(file: File, offset: int = 0) -> Iterator[Line]:
     """
     with file.open_at(offset) as stream:
         while raw := stream.readline(LONGEST_ROW + 1):
-            start, offset = offset, offset + len(raw)
-            text, problem = "", None
+            start, offset, text, problem = offset, offset + len(raw), "", None
             if len(raw) > LONGEST_ROW:
                 while not raw.endswith(b"\n") and (raw := stream.readline(PIECE)):
                     offset += len(raw)
@@ -192,7 +190,8 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
     longest = len(separator or SEPARATOR)
     offset, inside = start.get("offset", 0), start.get("inside", 0)
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    raw, is_all = "", False  # the text from `offset` on; it encodes back to the bytes read
+    # `raw`: the text from `offset` on; it encodes back to the bytes read. `mark`: bytes of a byte-order mark before it
+    raw, is_all, mark = "", False, 0
     damaged: Exception | None = None  # what comes behind `raw` cannot be read
     with file.open_at(max(offset - 1, 0)) as stream:
         at_line_start = offset == 0 or stream.read(1) == b"\n" or offset == len(codecs.BOM_UTF8)
@@ -211,7 +210,7 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
                     continue
                 raw, is_all = raw + decoder.decode(data, final=not data), not data
                 if offset == 0 and raw.startswith("\ufeff"):
-                    offset, raw = len(codecs.BOM_UTF8), raw[1:]
+                    offset, raw = (mark := len(codecs.BOM_UTF8)), raw[1:]
                 continue
             position, begins = {"offset": offset, "inside": inside}, not inside
             used, inside = match.end() if match else len(raw), int(len(text) > PIECE)
@@ -219,14 +218,15 @@ def text_documents(file: File, start: Position, separator: str | None = None) ->
                 cut = cut_point(text, PIECE)
                 used = cut if len(text) == len(document) else _raw_cut(document, cut)
                 document, text = raw[:used], text[:cut]
-            elif match:
-                text = text.removesuffix("\n")  # it belongs to the separator
+            left_out, mark = mark + len(document) - len(text), 0  # each of these characters is a byte
+            if match and not inside and text.endswith("\n"):  # the line end belongs to the separator
+                text, left_out = text[:-1], left_out - document.endswith("\r\n")
             if bad := [] if _is_text(document) else [*NO_TEXT.finditer(document)]:
                 yield _not_text(file, offset + byte_length(document[: bad[0].start()]), rows=len(bad)), position
             at_line_start, offset = raw[:used].endswith("\n"), offset + byte_length(raw[:used])
             raw = raw[used:]
             if inside or not begins or text.strip():
-                yield Document(text, ends=not inside, begins=begins), {"offset": offset, "inside": inside}
+                yield Document(text, not inside, begins, left_out), {"offset": offset, "inside": inside}
 
 
 def _cleaned(raw: str) -> str:

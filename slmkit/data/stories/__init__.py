@@ -8,10 +8,10 @@ held out: it never occurs in the train split, and every story of the held-out sp
 """
 
 from slmkit.data.stories.story import Question, Story, primer_texts, tell, tell_many
-from slmkit.data.stories.talk import conversation, held_out_questions, held_out_scene, question_pair
+from slmkit.data.stories.talk import conversation, held_out_questions, held_out_scene, question_pair, revision_texts
 from slmkit.data.stories.words import SPLITS
 
 __all__ = [
     "SPLITS", "Question", "Story", "conversation", "held_out_questions", "held_out_scene", "primer_texts",
-    "question_pair", "tell", "tell_many",
+    "question_pair", "revision_texts", "tell", "tell_many",
 ]  # fmt: skip

@@ -101,12 +101,17 @@ def primer_text(seed: int, index: int) -> str:
     chance = random_stream("primer", seed, index)
     told = scene(chance)
     recited = [f"Once more: {told.text}"] if chance.random() < RECITED else []
-    return " ".join([told.text, *recited, *(f"{asked.question} {asked.answer}" for asked in told.questions)])
+    return with_questions([told.text, *recited], told.questions)
 
 
 def primer_texts(seed: int, count: int) -> Iterator[str]:
     """The first `count` texts of the stream `seed`."""
     return (primer_text(seed, index) for index in range(count))
+
+
+def with_questions(texts: Sequence[str], questions: Sequence[Question]) -> str:
+    """Texts, then questions, each with its answer."""
+    return " ".join([*texts, *(f"{asked.question} {asked.answer}" for asked in questions)])
 
 
 class UnsettledError(Exception):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from slmkit.data.stories.script import FOLDER, read_lines
-from slmkit.data.stories.story import Question, Scene, Story, scene, tell
+from slmkit.data.stories.story import Question, Scene, Story, primer_text, scene, tell, with_questions
 from slmkit.data.stories.teller import dress, random_stream
 from slmkit.data.stories.words import ScriptError
 
@@ -45,6 +45,16 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
     if chance.random() < 0.2:
         messages += _exchange(*_pair(chance, chance.choice(("thanks", "bye"))))
     return messages
+
+
+def revision_texts(seed: int, count: int) -> Iterator[str]:
+    """The first `count` texts of the stream `seed`: in turn a story with questions and their answers, and a scene."""
+    for index in range(count):
+        if index % 2:
+            yield primer_text(seed, index)
+            continue
+        chance, story = random_stream("revision", seed, index), tell(seed, index)
+        yield with_questions([story.text], drawn_questions(chance, story.questions, chance.randint(4, 8)))
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], str]]:

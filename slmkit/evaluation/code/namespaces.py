@@ -20,19 +20,13 @@ import select
 import signal
 import sys
 
-NEW_NAMESPACES = (
-    0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-)  # mounts, names, IPC, processes, network
+NEW_NAMESPACES = 0x20000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # mounts, names, IPC, processes, network
 NEW_USERS = 0x10000000
 BIND_ALL, NO_SET_USER_ID, PRIVATE_ALL = 4096 | 16384, 2, (1 << 18) | 16384  # mount(2)
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41}
 MOUNT_SETATTR, HERE, RECURSIVE, READ_ONLY = 442, -100, 0x8000, 1
 DETACH = 2
-END_WITH_PARENT, NOT_TRACEABLE, NO_NEW_PRIVILEGES = (
-    (1, signal.SIGKILL, 0, 0, 0),
-    (4, 0, 0, 0, 0),
-    (38, 1, 0, 0, 0),
-)  # prctl(2)
+END_WITH_PARENT, NOT_TRACEABLE, NO_NEW_PRIVILEGES = (1, signal.SIGKILL, 0, 0, 0), (4, 0, 0, 0, 0), (38, 1, 0, 0, 0)
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -66,7 +60,7 @@ def change_root(visible: list[str], disk: int) -> None:
     call("mount", None, "/", None, PRIVATE_ALL, None)
     call("mount", "tmpfs", root, "tmpfs", NO_SET_USER_ID, "size=1m,mode=755")
     os.mkdir(f"{root}/tmp")
-    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777")
+    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SET_USER_ID, f"size={disk},mode=1777,nr_inodes=16k")
     for path in visible:
         if os.path.isdir(path):
             os.makedirs(root + path, exist_ok=True)
@@ -90,7 +84,7 @@ def exit_code(status: int) -> int:
 def main(settings: dict[str, object], command: list[str]) -> int:
     parent = os.getppid()
     enter_namespaces()
-    call("prctl", *END_WITH_PARENT)
+    call("prctl", *END_WITH_PARENT)  # prctl(2)
     if os.getppid() != parent:
         return 1
     change_root(**settings)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from slmkit.config import UserError
 
@@ -55,15 +56,18 @@ class Verdict:
     seconds: float
 
 
-def run(program: str, tests: str, limits: Limits | None = None, *, unsafe: bool = False) -> Verdict:
+def run(
+    program: str, tests: str, limits: Limits | None = None, *, unsafe: bool = False, stop: Event | None = None
+) -> Verdict:
     """Whether `tests` run to their end on the functions of `program`. Both are Python.
 
     Names that the tests do not define are the program's; a builtin or a standard module is the program's only after
-    `from program import NAME`. `unsafe`: without a sandbox if there is none.
+    `from program import NAME`. `unsafe`: without a sandbox if there is none. After `stop` is set it
+    ends at once.
 
     Raises `UserError` where there is no sandbox.
     """
-    return _run(sandbox_kind(unsafe), program, tests, limits or Limits())
+    return _run(sandbox_kind(unsafe), program, tests, limits or Limits(), stop)
 
 
 def sandbox_kind(unsafe: bool = False) -> str:
@@ -82,15 +86,10 @@ def works(kind: str) -> bool:
     return _run(kind, "x = 1", "assert x == 1", Limits()).passed
 
 
-def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
+def _run(kind: str, program: str, tests: str, limits: Limits, stop: Event | None = None) -> Verdict:
     began = time.monotonic()
     asks, answers = socket.socketpair()
-    with (
-        asks,
-        answers,
-        _started(kind, "program", answers, limits) as one,
-        _started(kind, "tests", asks, limits) as two,
-    ):
+    with asks, answers, _started(kind, "program", answers, limits) as one, _started(kind, "tests", asks, limits) as two:
         answers.close()
         asks.close()
         request: bytes | None = json.dumps({"program": program, "tests": tests}).encode()
@@ -102,7 +101,7 @@ def _run(kind: str, program: str, tests: str, limits: Limits) -> Verdict:
                 reason = json.loads(output) if output else f"the tests stopped: {message}"
             except subprocess.TimeoutExpired:
                 request = None  # `communicate` keeps what it has not yet sent
-                reason = _excess(one, two, limits, time.monotonic() - began)
+                reason = "stopped" if stop and stop.is_set() else _excess(one, two, limits, time.monotonic() - began)
         if reason == ENDED:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 reason += f" (exit code {one.wait(1)})"
@@ -134,6 +133,7 @@ def _started(kind: str, part: str, link: socket.socket, limits: Limits) -> Itera
     """A process of a verdict. It and all it has started end with the block."""
     settings = {
         "part": part,
+        "forbid": kind != "none",
         "link": link.fileno(),
         "packages": [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
         "user": random.SystemRandom().randrange(1 << 30, 1 << 31) if os.geteuid() == 0 and kind != "none" else 0,
@@ -148,14 +148,14 @@ def _started(kind: str, part: str, link: socket.socket, limits: Limits) -> Itera
     elif kind == "namespaces":
         visible = json.dumps({"visible": [*_visible(), "/dev/null"], "disk": limits.disk})
         words = [sys.executable, "-I", "-S", "-c", NAMESPACES.read_text(), visible, *words]
-    output = subprocess.PIPE if part == "tests" else subprocess.DEVNULL
+    pipe = subprocess.PIPE if part == "tests" else subprocess.DEVNULL  # what the program reads and writes is nothing
     process = subprocess.Popen(
         words,
         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         pass_fds=[link.fileno()],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
         start_new_session=True,
         cwd="/",
     )
@@ -177,11 +177,8 @@ def _visible() -> list[str]:
 def _bubblewrap(limits: Limits) -> list[str]:
     words = ["bwrap", "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     # Root becomes another user in the worker; everybody else needs a user namespace for the rest.
-    words += (
-        ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        if os.geteuid() == 0
-        else ["--unshare-user"]
-    )
+    rights = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID" if os.geteuid() == 0 else "--unshare-user"
+    words += rights.split()
     words += ["--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp"]
     parents = [str(parent) for path in [*_visible(), "/dev/null"] for parent in reversed(Path(path).parents)]
     for parent in sorted({*parents} - {"/", "/tmp"}):

@@ -12,11 +12,12 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from math import comb
+from threading import Event
 from typing import Any
 
 from slmkit.evaluation.code.sandbox import Limits, run, sandbox_kind
@@ -35,12 +36,17 @@ def pass_at_k(n: int, c: int, k: int) -> Fraction | None:
 
 
 def with_sandbox(
-    task_config: Mapping[str, Any], *, unsafe: bool = False, limits: Limits | None = None
+    task_config: Mapping[str, Any],
+    *,
+    unsafe: bool = False,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] = lambda done, programs: None,
 ) -> dict[str, Any]:
     """The configuration of a code task of lm-eval, as `load_yaml(path, resolve_func=False)` gives it, ready to run.
 
     The filtered answer to a request is a list, one dict a sample: `program`, `passed`, `reason`, `seconds`. The metrics
     are pass@k for k = 1, 10, 100 and the k of the configuration, up to `repeats`; without sampling pass@1 alone.
+    `progress` gets the programs that have a verdict, and all of them.
 
     Raises `UserError` where there is no sandbox, unless `unsafe`.
     """
@@ -58,21 +64,12 @@ def with_sandbox(
     ks = {k for k in ks if k <= most}
 
     def judged(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """answers [document][sample] → verdicts [document][sample]; as many programs at a time as there are cores."""
-        cut = [[start + SPECIAL_TOKEN.split(answer)[0] for answer in several] for several in answers]
-        programs = build(cut, docs)
+        """answers [document][sample] → verdicts [document][sample]"""
+        programs = build([[start + SPECIAL_TOKEN.split(answer)[0] for answer in several] for several in answers], docs)
         tests = [tests_for(doc, config["doc_to_target"]) for doc in docs]
-        pairs = [(program, test) for several, test in zip(programs, tests, strict=True) for program in several]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe) for pair in dict.fromkeys(pairs)}
-            try:
-                verdicts = {pair: asdict(verdict.result()) for pair, verdict in waiting.items()}
-            finally:
-                pool.shutdown(cancel_futures=True)  # after Ctrl-C: not the rest of them
-        return [
-            [{"program": program, **verdicts[program, test]} for program in several]
-            for several, test in zip(programs, tests, strict=True)
-        ]
+        asked = [[(program, test) for program in several] for several, test in zip(programs, tests, strict=True)]
+        found = verdicts_of([pair for several in asked for pair in several], limits, unsafe, progress)
+        return [[{"program": pair[0], **found[pair]} for pair in several] for several in asked]
 
     def values(doc: dict[str, Any], results: list[list[dict[str, Any]]]) -> dict[str, float]:
         passed = [verdict["passed"] for verdict in results[0]]
@@ -85,6 +82,23 @@ def with_sandbox(
         "metric_list": [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in sorted(ks)],
         "metadata": {**(config.get("metadata") or {}), "sandbox": sandbox, "limits": asdict(limits)},
     }
+
+
+def verdicts_of(
+    pairs: Sequence[tuple[str, str]], limits: Limits, unsafe: bool, progress: Callable[[int, int], None]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The verdict on each program and its tests, as many at a time as there are cores."""
+    found, stop = dict[tuple[str, str], dict[str, Any]](), Event()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = {pair: pool.submit(run, *pair, limits, unsafe=unsafe, stop=stop) for pair in dict.fromkeys(pairs)}
+        try:
+            for done, (pair, verdict) in enumerate(waiting.items(), 1):
+                found[pair] = asdict(verdict.result())
+                progress(done, len(waiting))
+        finally:
+            stop.set()  # after Ctrl-C: not the rest of them
+            pool.shutdown(cancel_futures=True)
+    return found
 
 
 def tests_for(doc: Mapping[str, Any], target: str) -> str:

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from slmkit.config import Settings, UserError, load_settings, read_json_object
+from slmkit.model.files.published import HARMLESS
 
 FILE = "generation_config.json"
 Id = Annotated[int, Field(ge=0)]
@@ -19,20 +20,6 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, lt=1)]
 TypicalP = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=0.01, le=100, description="1: none")]
-# Keys that do not affect generation here.
-HARMLESS = {
-    "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "bos_token_id", "cache_config",
-    "cache_implementation", "compile_config", "decoder_start_token_id", "disable_compile", "early_stopping",
-    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_matching_ngram_size",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states",
-    "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens",
-    "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "target_lookbehind",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-# Keys whose neutral value is 1.
-NEUTRAL_AT_ONE = {
-    "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences",
-}  # fmt: skip
 
 
 class GenerationAdvice(Settings):
@@ -84,5 +71,6 @@ def new_tokens(content: dict[str, Any], usual: int, prompt: int = 0) -> int:
 
 def not_obeyed(content: dict[str, Any]) -> list[str]:
     """The unsupported keys whose values would affect generation."""
-    others = content.keys() - HARMLESS - GenerationAdvice.model_fields.keys()
-    return sorted(key for key in others if content[key] and not (key in NEUTRAL_AT_ONE and content[key] == 1))
+    others = content.keys() - HARMLESS["generation"] - GenerationAdvice.model_fields.keys()
+    neutral = {key for key in others & HARMLESS["neutral_at_one"] if content[key] == 1}
+    return sorted(key for key in others - neutral if content[key])

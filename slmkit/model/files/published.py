@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
+from slmkit.config import read_table
 from slmkit.model.families import FULL, SLIDING, Family
 
-# Common keys of a published config.json that do not affect the computation: ignored without a warning.
-HARMLESS_KEYS = {
-    "_name_or_path", "architectures", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype",
-    "gradient_checkpointing", "id2label", "is_decoder", "is_llama_config", "label2id", "output_attentions",
-    "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
-}  # fmt: skip
+HARMLESS = {name: {*keys.split()} for name, keys in read_table(Path(__file__).with_name("harmless_keys.yaml")).items()}
 # Keys that transformers reads for every family, or older programs wrote: the one supported value.
 ONLY_WITH: dict[str, Any] = {
     "attention_chunk_size": None, "cross_attention_hidden_size": None, "is_causal": True, "is_encoder_decoder": False,
@@ -47,7 +42,7 @@ def from_published(content: dict[str, Any], family: Family) -> dict[str, Any]:
             del content[key]
     expect_depth(content.get("num_hidden_layers") or 1)
     _read_layers(content)
-    for key in HARMLESS_KEYS | family.derived.keys():
+    for key in HARMLESS["config"] | family.derived.keys():
         content.pop(key, None)
     for key, value in (ONLY_WITH | _fixed(family, content)).items():
         found = content.pop(key, value)

@@ -6,11 +6,13 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slmkit.adapt.load import load_model
@@ -25,7 +27,7 @@ from slmkit.evaluation.results import TaskResult
 from slmkit.find import find_model_directory, find_tokenizer_directory, run_of
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.config import SLMConfig
-from slmkit.model.files.adapter_directory import config_directory
+from slmkit.model.files.adapter_directory import config_directory, is_adapter
 from slmkit.model.files.directory import quantization_of
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import load_recipe
@@ -66,10 +68,10 @@ def evaluate(
     `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
     `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `stories`. `task_data`: a
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
-    task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a run that learned conversations, and for
-    another model whose tokenizer has a template. `samples` answers to each problem of code tasks, drawn at
-    `temperature`; `unsafe_code`: their programs are run without a sandbox if there is none. `precision` `auto` is
-    float32 on a CPU, so that figures agree between machines, and bfloat16 on accelerators that have it.
+    task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a model that learned conversations
+    (`uses_chat`). `samples` answers to each problem of code tasks, drawn at `temperature`; `unsafe_code`: their
+    programs are run without a sandbox if there is none. `precision` `auto` is float32 on a CPU, so that figures agree
+    between machines, and bfloat16 on accelerators that have it.
 
     The model `oracle` gives the right answers of exact-match and code tasks, `wrong` wrong ones, if no directory has
     that name.
@@ -80,22 +82,23 @@ def evaluate(
     asked: dict[str, Any] = {"data": task_data, "shots": shots, "samples": samples, "temperature": temperature}
     asked["unsafe_code"] = unsafe_code
     if is_stored(model):
+        asked["progress"] = counted(progress, str(model), "programs")
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
-    one = _Evaluated(model, device, precision, cache, progress)
+    one = _Evaluated(model, device, precision, cache, limit, progress)
     asked["chat"] = bool(tasks) and uses_chat(model, chat_template)
     loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
     results: list[TaskResult] = []
-    geometry = {"window": window, "stride": stride}
     for source in text:
+        window, stride = one.geometry(window, stride)
         if conversations:
-            results += one.on_conversations(source, limit, **geometry)
+            results += one.on_conversations(source, window, stride)
         else:
-            results += one.on_text(source, limit, joined=joined, **geometry)
+            results += one.on_text(source, window, stride, joined)
     for name in tasks:
         if name == STORIES:
-            results += one.on_stories(limit, asked["chat"])
+            results += one.on_stories(asked["chat"])
         else:
-            results += one.on_task(name, loaded[name], asked, limit, max_new_tokens)
+            results += one.on_task(name, loaded[name], asked, max_new_tokens)
     return results
 
 
@@ -116,31 +119,41 @@ def on_stored_answers(
     from slmkit.evaluation.tasks import load_tasks, run_tasks
 
     loaded = load_tasks(tasks, chat=chat, **asked)
-    from slmkit.evaluation.self_test import (
-        StoredAnswers,
-    )  # imports lm-eval, of which `load_tasks` says if it is missing
+    from slmkit.evaluation.self_test import StoredAnswers  # imports lm-eval; `load_tasks` says if it is missing
 
     answers = StoredAnswers(loaded, right=STORED_ANSWERS[model])
     return run_tasks(answers, loaded, limit=limit, seed=SEED, self_test=False)
 
 
 def uses_chat(model: str | Path, chat_template: str) -> bool:
-    """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template."""
+    """Whether prompts for a model are conversations. Raises `UserError` for another word, and without a template.
+
+    By `auto`, if it learned conversations: its run says so; of another directory, an adapter, or a model whose
+    configuration does not exclude that it ends its turns.
+    """
     if chat_template not in ("auto", "chat", "none"):
         raise UserError(f"template {chat_template!r}: expected auto, chat or none")
-    has_one = SLMTokenizer.from_pretrained(find_tokenizer_directory(model)).chat_template is not None
-    if chat_template == "chat" and not has_one:
-        raise UserError(f"{model}: its tokenizer has no chat template: use --template none")
-    run = run_of(model)
-    learned = has_one if run is None else load_recipe(run / "recipe.yaml").reads != "text"
-    return chat_template == "chat" or (chat_template == "auto" and has_one and learned)
+    tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
+    directory, run = find_model_directory(model), run_of(model)
+    if tokenizer.chat_template is None or chat_template == "none":
+        if chat_template == "chat":
+            raise UserError(f"{model}: its tokenizer has no chat template: use --template none")
+        return False
+    if chat_template == "chat" or (is_adapter(directory) and run is None):
+        return True
+    if run is not None:
+        return load_recipe(run / "recipe.yaml").reads != "text"
+    ends = SLMConfig.from_pretrained(directory).for_generation()["eos_token_id"]
+    return ends is None or tokenizer.end_of_turn_id in np.atleast_1d(ends)
 
 
 class _Evaluated:
     """A model that is loaded when its first answer is needed."""
 
-    def __init__(self, model: str | Path, device: str, precision: str, cache: bool, progress: Progress) -> None:
-        self.model, self.use_cache, self.progress = model, cache, progress
+    def __init__(
+        self, model: str | Path, device: str, precision: str, cache: bool, limit: int | None, progress: Progress
+    ) -> None:
+        self.model, self.use_cache, self.limit, self.progress = model, cache, limit, progress
         self.directory = find_model_directory(model)
         self.tokenizer = SLMTokenizer.from_pretrained(find_tokenizer_directory(model))
         self.config = SLMConfig.from_pretrained(config_directory(self.directory))
@@ -164,74 +177,65 @@ class _Evaluated:
         where = self.where.torch_device.type
         return {**self.common, "code": code_content(), "device": where, **libraries, **model_content(self.model)}
 
-    def stored(self, key: Mapping[str, Any], compute: Callable[[], list[TaskResult]]) -> list[TaskResult]:
+    def kept(
+        self, key: Mapping[str, Any], compute: Callable[[], list[TaskResult]], notes: Sequence[str] = ()
+    ) -> list[TaskResult]:
+        """The results of `compute`, or what is stored of them, with the limit, the notes, precision and version."""
+
+        def noted() -> list[TaskResult]:
+            more = {"limit": self.limit, **({"notes": [*notes]} if notes else {}), **self.common}
+            return [replace(one, recipe={**one.recipe, **more}) for one in compute()]
+
         if not self.use_cache:
-            return compute()
-        return stored({**self.content, **key}, compute)
+            return noted()
+        return stored({**self.content, **key, "limit": self.limit, "notes": [*notes]}, noted)
 
-    def on_text(
-        self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None, joined: bool
-    ) -> list[TaskResult]:
-        found = read_text(source, limit)
-        window, stride = self._geometry(window, stride)
+    def on_text(self, source: SourceSettings, window: int, stride: int, joined: bool) -> list[TaskResult]:
+        found = read_text(source, self.limit)
+        key = {"text": found.name, "window": window, "stride": stride, "joined": joined}
+        texts = digest_of([found.documents, found.originals, found.left_out])
+        return self.kept({**key, "documents": texts}, lambda: [text_result(
+            self.decoder, self.tokenizer, found.documents, name=found.name, originals=found.originals,
+            left_out=found.left_out, window=window, stride=stride, joined=joined,
+            progress=self.counter(found.name, "windows"),
+        )], found.notes)  # fmt: skip
 
-        def compute() -> list[TaskResult]:
-            result = text_result(
-                self.decoder, self.tokenizer, found.documents, name=found.name, originals=found.originals,
-                window=window, stride=stride, joined=joined, progress=self._counter(found.name, "windows"),
-            )  # fmt: skip
-            return [self._noted(result, found.notes, limit)]
-
-        key = {"text": found.name, "window": window, "stride": stride, "joined": joined, "limit": limit}
-        texts = digest_of([found.documents, found.originals, found.notes])
-        return self.stored({**key, "documents": texts}, compute)
-
-    def on_conversations(
-        self, source: SourceSettings, limit: int | None, window: int | None, stride: int | None
-    ) -> list[TaskResult]:
+    def on_conversations(self, source: SourceSettings, window: int, stride: int) -> list[TaskResult]:
         opened = open_source(source)
         try:
-            talks = list(itertools.islice(encoded_rows(opened, "conversations", self.tokenizer), limit))
+            talks = list(itertools.islice(encoded_rows(opened, "conversations", self.tokenizer), self.limit))
         except UserError as error:
             problem, of_a_recipe, _ = str(error).partition(": objective: ")
-            if not of_a_recipe:
-                raise
-            raise UserError(
-                f"{problem}; eval reads text, or conversations with --chat; pairs are not evaluated"
-            ) from None
-        rows, notes = [row for talk in talks for row in talk.rows], opened.report()
-        window, stride = self._geometry(window, stride)
+            more = "; eval reads text, or conversations with --chat; pairs are not evaluated"
+            raise UserError(problem + more * bool(of_a_recipe)) from None
+        rows = [row for talk in talks for row in talk.rows]
+        key = {"conversations": source.label, "window": window, "stride": stride}
+        return self.kept({**key, "rows": digest_of(row.to_lists() for row in rows)}, lambda: [chat_result(
+            self.decoder, self.tokenizer, rows, name=source.label, window=window, stride=stride,
+            progress=self.counter(source.label, "windows"),
+        )], opened.report())  # fmt: skip
 
-        def compute() -> list[TaskResult]:
-            result = chat_result(
-                self.decoder, self.tokenizer, rows, name=source.label, window=window, stride=stride,
-                progress=self._counter(source.label, "windows"),
-            )  # fmt: skip
-            return [self._noted(result, notes, limit)]
-
-        key = {"conversations": source.label, "window": window, "stride": stride, "limit": limit}
-        return self.stored({**key, "rows": digest_of([row.to_lists() for row in rows] + notes)}, compute)
-
-    def on_stories(self, limit: int | None, chat: bool) -> list[TaskResult]:
+    def on_stories(self, chat: bool) -> list[TaskResult]:
         from slmkit.evaluation.stories import COUNT, story_report
 
-        def compute() -> list[TaskResult]:
-            show = lambda what, done, of: self.progress(f"{what}: {done:,} of {of:,}", done / max(1, of))  # noqa: E731
-            report = story_report(self.decoder, self.tokenizer, count=limit or COUNT, chat=chat, progress=show)
-            return [self._noted(result, (), limit) for result in report]
+        def show(what: str, done: int, of: int) -> None:
+            self.counter(what, "")(done, of)
 
-        return self.stored({"stories": limit or COUNT, "chat": chat}, compute)
+        count = self.limit or COUNT
+        return self.kept(
+            {"stories": count, "chat": chat},
+            lambda: story_report(self.decoder, self.tokenizer, count=count, chat=chat, progress=show),
+        )
 
     def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         from slmkit.evaluation.tasks import load_tasks
 
         self.progress(f"{name}: reading the task", None)
-        return load_tasks([name], **asked)
+        return load_tasks([name], progress=self.counter(name, "programs"), **asked)
 
     def on_task(
-        self, name: str, loaded: Mapping[str, Any], asked: Mapping[str, Any], limit: int | None,
-        max_new_tokens: int | None,
-    ) -> list[TaskResult]:  # fmt: skip
+        self, name: str, loaded: Mapping[str, Any], asked: Mapping[str, Any], max_new_tokens: int | None
+    ) -> list[TaskResult]:
         from slmkit.evaluation.harness_task import quiet
         from slmkit.evaluation.tasks import run_tasks
 
@@ -239,28 +243,27 @@ class _Evaluated:
             from slmkit.evaluation.harness import EngineLM
 
             lm = EngineLM(self.decoder, self.tokenizer, max_new_tokens=max_new_tokens)
-            found = run_tasks(lm, loaded, limit=limit, seed=SEED, progress=self._counter(name, "requests"))
+            found = run_tasks(lm, loaded, limit=self.limit, seed=SEED, progress=self.counter(name, "requests"))
             beginning = self.tokenizer.decode(lm.prefix_token_id)
-            return [self._noted(result, (), limit, beginning=beginning) for result in found]
+            return [replace(one, recipe={**one.recipe, "beginning": beginning}) for one in found]
 
         with quiet():
             content = digest_of(itertools.chain.from_iterable(_content_of(task) for task in loaded.values()))
-        key = {"task": name, **asked, "limit": limit, "max_new_tokens": max_new_tokens, "seed": SEED}
-        return self.stored({**key, "data": content}, compute)
+        key = {"task": name, **asked, "max_new_tokens": max_new_tokens, "seed": SEED}
+        return self.kept({**key, "data": content}, compute)
 
-    def _geometry(self, window: int | None, stride: int | None) -> tuple[int, int]:
+    def geometry(self, window: int | None, stride: int | None) -> tuple[int, int]:
         try:
             return window_and_stride(self.config.max_position_embeddings, window, stride)
         except UserError as error:
-            raise UserError(f"{self.model}: {error}: lower --window") from None
+            raise UserError(f"{self.model}: {error}") from None
 
-    def _counter(self, name: str, unit: str) -> Callable[[int, int], None]:
-        return lambda done, of: self.progress(f"{name}: {done:,} of {of:,} {unit}", done / max(1, of))
+    def counter(self, name: str, unit: str) -> Callable[[int, int], None]:
+        return counted(self.progress, name, unit)
 
-    def _noted(self, result: TaskResult, notes: Sequence[str], limit: int | None, **more: Any) -> TaskResult:
-        """The result with what its recipe does not know: the limit, the precision and the version."""
-        more |= {"limit": limit, **({"notes": [*notes]} if notes else {}), **self.common}
-        return TaskResult(result.task, {**result.recipe, **more}, result.metrics, result.items, result.errors)
+
+def counted(progress: Progress, name: str, unit: str) -> Callable[[int, int], None]:
+    return lambda done, of: progress(f"{name}: {done:,} of {of:,} {unit}".rstrip(), done / max(1, of))
 
 
 def _content_of(task: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from slmkit.config import UserError, one_line, read_yaml
 from slmkit.data.settings import CleaningSettings
-from slmkit.evaluation.intervals import estimate
+from slmkit.evaluation.intervals import in_digits
 from slmkit.evaluation.results import FORMS, TaskResult
 from slmkit.files import read_text, write_whole
 from slmkit.find import find_run
@@ -37,7 +37,7 @@ from slmkit.workflows.push import METHODS, READ_TEXT, TRAINING_KEYS
 PAGE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 6  # evaluations whose samples are open; the others are folded
 CHIEF = 8  # metrics of a task that are open; the others are folded
-Facts = dict[str, Any]  # name → what is shown; None is left out
+Facts = Mapping[str, Any]  # name → what is shown; None is left out
 
 
 def write_report(run: str | Path, path: Path, results: Sequence[str | Path] = ()) -> Path:
@@ -150,15 +150,14 @@ def figures(overview: Any, reports: Sequence[Mapping[str, Any]]) -> Facts:
     last: dict[str, Any] = {}
     for report in reports:
         last |= {key: value for key, value in report.items() if value is not None}
-    best, loss = overview.validation_loss, last.get("loss")
-    known = {
+    best, loss, reward = overview.validation_loss, last.get("loss"), last.get("answers/reward")
+    return {
         "best validation loss": None if best is None else f"{best:.4f}",
         "last training loss": None if loss is None else f"{loss:.4f}",
-        "last mean reward": f"{last['answers/reward']:.3f}" if "answers/reward" in last else None,
+        "last mean reward": None if reward is None else f"{reward:.3f}",
         "trained tokens": f"{overview.tokens:,}",
         "training time": clock(last["seconds"]) if "seconds" in last else None,
     }
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def distinguishing(results: Sequence[tuple[str, TaskResult]]) -> list[str]:
@@ -173,29 +172,22 @@ def distinguishing(results: Sequence[tuple[str, TaskResult]]) -> list[str]:
 
 
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
-    """Metric, figure, standard error, items and what is better, of each metric of a result."""
-    rows = list[tuple[str, ...]]()
-    for metric, form in result.metrics.items():
-        score = result.score(metric)
-        digits = 2 if abs(score.value) >= 100 else 4
-        error = "" if score.standard_error is None else f"± {score.standard_error:,.{digits}f}"
-        if score.standard_error == 0:  # none or all of the items are right
-            found = estimate(result, metric)
-            error = f"{found.low:.{digits}f} to {found.high:.{digits}f}"
-        better = "higher" if FORMS[form].higher_is_better else "lower"
-        rows.append((metric, f"{score.value:,.{digits}f}", error, f"{score.n:,}", better))
-    return rows
+    """Metric, figure, standard error or interval, items and what is better, of each metric of a result."""
+    return [
+        (metric, *in_digits(result, metric), f"{result.score(metric).n:,}",
+         "higher" if FORMS[form].higher_is_better else "lower")
+        for metric, form in result.metrics.items()
+    ]  # fmt: skip
 
 
-def tasks_in_training(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, int]]:
+def tasks_in_training(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float | None, int]]:
     """Figure, value, standard error and step of the last evaluation on each task of `train.eval_tasks`."""
-    last: dict[str, tuple[str, str, str, int]] = {}
-    for report in reports:
-        for key, value in report.items():
-            if key.startswith(TASKS) and not key.endswith(ERROR) and isinstance(value, int | float):
-                error = report.get(key + ERROR)
-                shown = "" if error is None else f"± {error:.4f}"
-                last[key] = key.removeprefix(TASKS), f"{value:.4f}", shown, report.get("step", 0)
+    last = {
+        key: (key.removeprefix(TASKS), value, report.get(key + ERROR), report.get("step", 0))
+        for report in reports
+        for key, value in report.items()
+        if key.startswith(TASKS) and not key.endswith(ERROR) and isinstance(value, int | float)
+    }
     return [*last.values()]
 
 
@@ -236,11 +228,7 @@ def data_facts(recipe: Mapping[str, Any], described: Mapping[str, Any]) -> Facts
 
 
 def cost(
-    reports: Sequence[Mapping[str, Any]],
-    recipe: Mapping[str, Any],
-    described: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    config: SLMConfig | None,
+    reports: Sequence[Mapping[str, Any]], recipe: Facts, described: Facts, plan: Facts, config: SLMConfig | None
 ) -> Facts:
     """Time, speed, memory and FLOPs. Energy is not measured, so it is not here."""
     seen = {
@@ -250,51 +238,35 @@ def cost(
     last = {key: values[-1] for key, values in seen.items() if values}
     processes = described.get("processes") or 1
     train = recipe.get("train") or {}
-    flops = None
-    if (
-        config
-        and "step" in last
-        and recipe.get("objective") in READ_TEXT
-        and not recipe.get("lora")
-        and train.get("tokens_per_step")
-    ):
+    flops, reads_text = None, recipe.get("objective") in READ_TEXT and not recipe.get("lora")
+    if config and reads_text and "step" in last and train.get("tokens_per_step"):
         a = architecture_of(config)
         one = flops_per_token(a, train.get("sequence_length") or a.max_positions)
         flops = (one.forward + one.backward) * last["step"] * train["tokens_per_step"]
     predicted = plan.get("predicted") or {}
-    known = {
+    speeds, shares, memory = (seen[key] for key in ("tokens_per_second", "mfu", "memory_bytes"))
+    return {
         "device": described.get("device_name"),
         "processes": processes,
         "training time": clock(last["seconds"]) if "seconds" in last else None,
         "predicted before": clock(predicted["seconds"]) if predicted.get("seconds") else None,
         "device hours": f"{last['seconds'] * processes / 3600:.3g}" if "seconds" in last else None,
         "trained tokens": f"{last['tokens']:,}" if "tokens" in last else None,
-        "tokens per second (median)": f"{median(seen['tokens_per_second']):,.0f}"
-        if seen["tokens_per_second"]
-        else None,
-        "share of the device's peak (MFU, median)": f"{median(seen['mfu']):.0%}" if seen["mfu"] else None,
-        "most memory": size(max(seen["memory_bytes"])) if seen["memory_bytes"] else None,
+        "tokens per second (median)": f"{median(speeds):,.0f}" if speeds else None,
+        "share of the device's peak (MFU, median)": f"{median(shares):.0%}" if shares else None,
+        "most memory": size(max(memory)) if memory else None,
         "FLOPs of forward and backward passes": None if flops is None else f"{flops:.3g}",
     }
-    return {name: value for name, value in known.items() if value is not None}
+
+
+ABOUT = "platform cpus threads device device_name compute_dtype weight_dtype processes job git_revision"
 
 
 def environment_facts(described: Mapping[str, Any]) -> Facts:
-    packages = described.get("packages") or {}
-    names = (
-        "platform",
-        "cpus",
-        "threads",
-        "device",
-        "device_name",
-        "compute_dtype",
-        "weight_dtype",
-        "processes",
-        "job",
-        "git_revision",
-    )
-    facts = {"python": described.get("python"), **packages, **{name: described.get(name) for name in names}}
-    return {name.replace("_", " "): value for name, value in facts.items() if value is not None}
+    """Versions and machine; empty before the run has begun."""
+    known = {"python": described.get("python"), **(described.get("packages") or {})}
+    known |= {name.replace("_", " "): described.get(name) for name in ABOUT.split()}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def said(value: Any) -> str:

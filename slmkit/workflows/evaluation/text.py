@@ -20,6 +20,7 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.sources import open_source
 from slmkit.data.sources.files import KINDS, kind_of
 from slmkit.data.sources.settings import SourceSettings
+from slmkit.evaluation.perplexity import blocks_of
 
 WIKITEXT = "wikitext-2"
 ON_THE_HUB = {  # the data set of lm-eval's task
@@ -31,11 +32,14 @@ TITLE = re.compile(r"^ = (?!= ).*(?<! =) = *$", re.M)  # of an article; sections
 
 @dataclass(frozen=True)
 class Text:
-    """Documents to be read by a model; `originals` are the documents before they were changed for it, if they were."""
+    """Documents to be read by a model; `originals` are the documents before they were changed for it, if they were, and
+    `left_out` the bytes that each of these has in its file besides.
+    """
 
     name: str
     documents: list[str]
     originals: list[str] | None
+    left_out: list[float]
     notes: list[str]  # a line for each reason for which rows were skipped, and on how the text was changed
 
 
@@ -54,27 +58,40 @@ def find_text(path: str) -> dict[str, Any]:
 
 
 def read_text(source: SourceSettings, limit: int | None = None) -> Text:
-    """The first `limit` documents of a source of text, or pages of WikiText. Raises `UserError` as sources do."""
+    """The first `limit` documents of a source of text, pages of WikiText, or blocks of a text that is one document.
+
+    Raises `UserError` as sources do.
+    """
+    documents, left_out, parts = list[str](), [0.0], list[str]()
     try:
-        opened, documents, parts = open_source(source), list[str](), list[str]()
+        opened = open_source(source)
     except UserError as error:
         if source.path != ON_THE_HUB["path"]:
             raise
         raise UserError(f"{error}; or give a local copy: --text FOLDER/{WIKITEXT}, with its test.txt") from None
     for document in items_of(opened, "text"):
         parts.append(document.text)
+        left_out[-1] += document.left_out
         if document.ends:
             documents.append("".join(parts))
+            left_out.append(0.0)
             parts.clear()
-        if limit is not None and len(documents) == limit:
+        if limit is not None and len(documents) > limit:  # one more, to know whether there is
             break
     notes = opened.report()
     first_line = next((line for text in documents[:1] for line in text.splitlines() if line.strip()), "")
-    if not TITLE.match(first_line):
-        return Text(source.label, documents, None, notes)
-    pages = [page for text in documents for page in pages_of(text)][:limit]
-    notes.append("pages between titles, cleaned by lm-eval's wikitext; bytes and words are those of the pages before")
-    return Text(source.label, [detokenizer()({"page": page}) for page in pages], pages, notes)
+    if TITLE.match(first_line):
+        lines = [max(1, text.count("\n")) for text in documents]  # what is left out are line ends
+        pages = [page for text in documents for page in pages_of(text)]
+        left_out = [page.count("\n") * sum(left_out) / sum(lines) for page in pages][:limit]
+        notes.append("pages between titles, cleaned by lm-eval's wikitext; bytes and words are those before")
+        cleaned = [detokenizer()({"page": page}) for page in pages[:limit]]
+        return Text(source.label, cleaned, pages[:limit], left_out, notes)
+    if len(documents) == 1 and limit is not None:
+        whole = documents[0]
+        documents = ["".join(blocks_of(whole)[:limit])]
+        left_out[0] *= documents[0].count("\n") / max(1, whole.count("\n"))
+    return Text(source.label, documents[:limit], None, left_out[: len(documents)][:limit], notes)
 
 
 def pages_of(text: str) -> list[str]:

@@ -46,7 +46,7 @@ def test_the_primer_alone(tmp_path: Path) -> None:
     assert not set(train) & set(validation)
 
 
-def test_primer_texts_lie_evenly_among_the_stories_and_not_in_validation(tmp_path: Path) -> None:
+def test_texts_with_questions_lie_evenly_among_the_stories_and_not_in_validation(tmp_path: Path) -> None:
     train, validation = texts(tmp_path, source="stories", documents=12, primer_documents=4)
     stories = [story.text for story in tell_many(7, 12)]
     primer = [index for index, text in enumerate(train) if text not in stories]
@@ -54,6 +54,8 @@ def test_primer_texts_lie_evenly_among_the_stories_and_not_in_validation(tmp_pat
     assert [text for text in train if text in stories] == stories
     assert all("?" in train[index] for index in primer)
     assert not {train[index] for index in primer} & set(primer_texts(7, 500))
+    told = [any(train[index].startswith(story.text) for story in tell_many(7 + 500_009, 4)) for index in primer]
+    assert told == [True, False, True, False]
     assert len(validation) == 3
     assert validation == texts(tmp_path / "without", source="stories", documents=12)[1]
 

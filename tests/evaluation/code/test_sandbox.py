@@ -176,6 +176,9 @@ import os, signal
 signal.signal(signal.SIGALRM, lambda *a: None)
 signal.setitimer(signal.ITIMER_REAL, 1e-6, 1e-6)
 while True: os.kill(os.getpid(), signal.SIGALRM)""",
+    "fills the disk with empty files": """
+import itertools
+for n in itertools.count(): open(f"/tmp/{n}", "x").close()""",
     "fills the disk": """
 import itertools
 def f(x):
@@ -273,6 +276,16 @@ def alive(process):
     except PermissionError: pass
     return True
 def rights(): return os.geteuid() == 0
+def families(): return {int(s.family) for s in map(opened, range(46)) if s}
+def opened(family):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        try: return socket.socket(family, kind)
+        except OSError: pass
+def memory_of_no_process():
+    import ctypes
+    c = ctypes.CDLL(None)
+    return [c.shmget(0, 1 << 20, 0o1600), c.msgget(0, 0o1600), c.memfd_create(b"a", 0)]
+def read(): return input()
 def privileges():
     import ctypes
     c = ctypes.CDLL(None)
@@ -298,12 +311,25 @@ assert not connected({server.getsockname()[1]})
 assert interfaces() == ["lo"]
 assert others() == []
 assert not rights()
-assert privileges() == [-1, -1, -1]
+assert privileges() == memory_of_no_process() == [-1, -1, -1]
+assert families() == {{1, 2, 10, 16}}  # vsock, which no network namespace has, reaches the machine's host
 assert written("/tmp/here")
 assert not any(written(path) for path in ("/here", "/usr/here", "/dev/here", {sys.base_prefix + "/lib/here"!r}))
+try: read()  # nobody types: it ends at once
+except EOFError: pass
+else: assert False
 """
         verdict = sandbox._run(kind, WHAT_IS_SEEN, tests, Limits())
     assert verdict.passed, verdict.reason
+
+
+def test_a_verdict_that_nobody_waits_for_ends_at_once() -> None:
+    """As after Ctrl-C."""
+    stop = threading.Event()
+    stop.set()
+    limits = Limits(file=SMALL.file + 3)
+    assert run("import time\ntime.sleep(3600)", SQUARES, limits, stop=stop).reason == "stopped"
+    assert gone(f'"RLIMIT_FSIZE": {limits.file}')
 
 
 def test_nothing_is_left_when_slmkit_is_killed() -> None:

@@ -19,24 +19,23 @@ def refusal(override: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key", [*TABLES["names"], *TABLES["notes"]])
-def test_every_hint_names_a_key_that_exists(key: str) -> None:
-    assert key in KEYS
+def test_every_hint_names_a_key_that_exists() -> None:
+    assert {*TABLES["names"], *TABLES["notes"]} <= KEYS
 
 
-@pytest.mark.parametrize("name", [*HINTS, "Learning-Rate", "LR", "per-device-train-batch-size"])
-def test_what_people_type_leads_to_the_key(name: str) -> None:
-    wanted = HINTS.get(name.lower().replace("-", "_"), "train.learning_rate").partition(" ")[0]
-    line = refusal(f"{name}=7")
-    assert f"did you mean {wanted!r}?" in line
-    assert "\n" not in line
+def test_what_people_type_leads_to_the_key() -> None:
+    for name in [*HINTS, "Learning-Rate", "LR", "per-device-train-batch-size"]:
+        wanted = HINTS.get(name.lower().replace("-", "_"), "train.learning_rate").partition(" ")[0]
+        line = refusal(f"{name}=7")
+        assert f"did you mean {wanted!r}?" in line, name
+        assert "\n" not in line, name
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_a_key_without_its_section_is_found(leaf: str) -> None:
-    where = {key for key in KEYS if key.endswith(f".{leaf}")}
-    line = refusal(f"{leaf}=7")
-    assert any(f"did you mean {key!r}?" in line for key in where), line
+def test_a_key_without_its_section_is_found() -> None:
+    for leaf in LEAVES:
+        where = {key for key in KEYS if key.endswith(f".{leaf}")}
+        line = refusal(f"{leaf}=7")
+        assert any(f"did you mean {key!r}?" in line for key in where), (leaf, line)
 
 
 @pytest.mark.parametrize(

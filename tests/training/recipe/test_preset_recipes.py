@@ -160,6 +160,7 @@ def test_three_data_sets_of_talks_are_one_run(name: str, tmp_path: Path) -> None
     train_recipe(load_recipe(find_recipe(name), keys), Silent(), dry_run=True, force=True)
 
 
+@pytest.mark.usefixtures("without_plan_and_pictures")
 @pytest.mark.parametrize("name", PRESETS_OF)
 def test_it_takes_real_steps_on_a_smaller_shape(name: str, tmp_path: Path) -> None:
     if name == "vector-slm":

@@ -15,6 +15,7 @@ from slmkit.data import stories
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.evaluation.intervals import estimate, paired
 from slmkit.evaluation.results import Item, TaskResult
+from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
@@ -142,6 +143,12 @@ def test_a_model_that_does_not_chat_and_one_that_does_get_the_same_prompts(folde
     tokenizer.chat_template = None
     tokenizer.save_pretrained(plain)
     assert [uses_chat(model, "auto") for model in (plain, chats)] == [False, True]
+    base = tmp_path / "base"  # has a template, but its texts do not end at an end of turn
+    shutil.copytree(chats, base)
+    config = SLMConfig.from_pretrained(base).model_copy(update={"eos_token_id": 0, "generation_config": {}})
+    save_decoder(build_decoder(config, seed=1), config, base)
+    assert not uses_chat(base, "auto")
+    assert uses_chat(base, "chat")
     settings = {"tasks": ["hellaswag"], "task_data": folder / "tasks", "limit": 6, "device": "cpu", "cache": False}
     (row,) = compare([str(chats), str(plain)], progress=lambda *done: None, **settings).rows
     assert (row.recipe["template"], row.difference.value) == ("none", 0)

@@ -10,9 +10,13 @@ import pytest
 
 from slmkit.config import UserError, load_settings
 from slmkit.data.sources.settings import SourceSettings
+from slmkit.evaluation.perplexity import text_result
+from slmkit.evaluation.results import TaskResult
+from slmkit.tokenizer import SLMTokenizer
 from slmkit.workflows.evaluation import text as module
 from slmkit.workflows.evaluation.evaluate import evaluate
 from slmkit.workflows.evaluation.text import ON_THE_HUB, find_text, pages_of, read_text
+from tests.evaluation.known_models import uniform
 from tests.real_data import real_data
 from tests.workflows.evaluation.small_model import write_model
 
@@ -45,6 +49,39 @@ def test_other_texts_are_left_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(f"{long}\n<|endoftext|>\nshort\n<|endoftext|>\n")
     assert read_text(source(tmp_path / "long.txt")).documents == [long, "short"]
     assert read_text(source(tmp_path / "long.txt"), limit=1).documents == [long]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_bytes_are_those_of_the_file(tmp_path: Path, end: str, mark: str) -> None:
+    """Of a model that is uniform over V: bits per byte = tokens · log2 V / bytes of the file."""
+    tokenizer, file = SLMTokenizer(260), tmp_path / "text.txt"
+    line = f"A fox, ein Füchslein, 狐.{end}"
+
+    def bits(**options: Any) -> tuple[float, TaskResult]:
+        found = read_text(source(file), **options)
+        model = uniform(260, context=1024)
+        result = text_result(model, tokenizer, found.documents, left_out=found.left_out)
+        return sum(map(len, map(tokenizer.encode, found.documents))) * 8.0, result
+
+    for lines in (3, 400):  # one item, and several blocks
+        file.write_bytes((mark + line * lines).encode())
+        total, result = bits()
+        size = file.stat().st_size
+        ratio = total / 8 * math.log2(260) / size
+        assert result.score("bits_per_byte").value == pytest.approx(ratio, abs=1e-9)
+        assert (result.score("bits_per_byte").standard_error is None) is (lines == 3)
+    _, part = bits(limit=2)
+    assert len(part.items) == 2
+    whole = {item.id: item.values["bits_per_byte"][1] for item in result.items}
+    assert [whole[item.id] for item in part.items] == [item.values["bits_per_byte"][1] for item in part.items]
+    file.write_bytes((mark + f"<|endoftext|>{end}".join([line * 2, line])).encode())
+    _, apart = bits()
+    assert [item.values["bits_per_byte"][1] for item in apart.items] == pytest.approx(
+        [len(mark.encode()) + len(line.encode()) * 2 - len(end), len(line.encode())]
+    )
+    (first,) = bits(limit=1)[1].items
+    assert first == apart.items[0]
 
 
 def test_a_folder_of_that_name_means_its_test_file_and_the_name_alone_the_hub(
