@@ -5,6 +5,7 @@ python -m benchmarks.training --litgpt-python PATH            # a quarter of an 
 python -m benchmarks.training "Llama 46M" --rounds 1          # one of the works, a short run
 python -m benchmarks.training --small                         # a minute: small shapes, nothing is stored
 python -m benchmarks.training --add                           # further rounds beside those that are stored
+python -m benchmarks.training --profile slmkit plain           # where the time of a step goes, by operation
 python -m benchmarks.training --draw docs/training-speed.png  # the chart of what was measured
 
 First the losses: ten steps of a few short rows must give every configuration the same losses, within a tolerance, or it
@@ -43,7 +44,7 @@ from slmkit.training.logging.metrics_log import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "training.json"
 OPTIMIZER = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-CHECKED_STEPS, CHECKED_ROWS, CHECKED_LENGTH = 10, 2, 64
+CHECKED_STEPS, CHECKED_ROWS, CHECKED_LENGTH = 10, 1, 32
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative differences of losses
 
 
@@ -134,13 +135,13 @@ class Suite:
         ids: Tensor = frequencies.multinomial(steps * rows * (length + 1), replacement=True, generator=drawn)
         save_file({"ids": ids.view(steps, rows, length + 1)}, self.folder / f"{name}.safetensors")
 
-    def run(self, configuration: Configuration, batches: str, steps: int) -> dict[str, Any]:
+    def run(self, configuration: Configuration, batches: str, steps: int, profile: bool = False) -> dict[str, Any]:
         """Losses, seconds of every step and peak memory of some steps in a process of its own."""
         spec = {
             "peer": configuration.peer, "compile": configuration.compile, "precision": configuration.precision,
             "model": str(self.folder), "batches": str(self.folder / f"{batches}.safetensors"), "steps": steps,
             "threads": self.threads, "micro_batch": self.work.rows, "device": "cpu", "optimizer": OPTIMIZER,
-            "max_grad_norm": 1.0,
+            "max_grad_norm": 1.0, "profile": profile,
         }  # fmt: skip
         path = self.folder / "spec.json"
         path.write_text(json.dumps(spec))
@@ -160,15 +161,13 @@ def farthest(losses: list[float], expected: list[float]) -> float:
 
 
 def check(suite: Suite, chosen: list[Configuration]) -> dict[str, float]:
-    """Differences of each configuration's ten losses from the plain loop's. Raises `ValueError` if one is too large."""
-    expected = suite.run(CONFIGURATIONS[REFERENCE], "short", CHECKED_STEPS)["losses"]
+    """Differences of each configuration's ten losses from the plain loop's."""
+    expected = suite.run(CONFIGURATIONS[REFERENCE], "short", CHECKED_STEPS)["losses"] if chosen else []
     found = {}
     for each in chosen:
         losses = suite.run(each, "short", CHECKED_STEPS)["losses"]
         found[each.name] = farthest(losses, expected)
         print(f"{each.name}: losses {losses[0]:.4f} … {losses[-1]:.4f}, differ by {found[each.name]:.1e}", flush=True)
-        if not found[each.name] <= TOLERANCE[each.precision]:
-            raise ValueError(f"{each.name}: its losses {losses} are not those of {REFERENCE}, {expected}")
     return found
 
 
@@ -188,6 +187,13 @@ def one_round(suite: Suite, chosen: list[Configuration], steps: int) -> dict[str
             raise ValueError(f"{each.name}: losses differ by {difference:.1e} in the timed steps")
         print(each.name, {key: value for key, value in found[each.name].items() if key != "losses"}, flush=True)
     return found
+
+
+def profiled(suite: Suite, name: str) -> dict[str, float]:
+    """Shares of operations in two steps."""
+    shares = suite.run(CONFIGURATIONS[name], "whole", 2, profile=True)["profile"]
+    print(f"{name}:", *(f"{share:6.1%} {operation}" for operation, share in shares.items()), sep="\n  ", flush=True)
+    return shares
 
 
 def summary(rounds: list[dict[str, dict[str, Any]]], tokens: int) -> dict[str, Any]:
@@ -248,12 +254,19 @@ def measure(name: str, work: Work, arguments: argparse.Namespace, before: dict[s
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(work, Path(folder), arguments.threads, arguments.litgpt_python)
         print(f"{name}: {suite.parameters:,} parameters, {work.rows} x {work.length} tokens a step", flush=True)
+        if arguments.profile:
+            for each in arguments.profile:
+                before = before | {"profiles": before.get("profiles", {}) | {each: profiled(suite, each)}}
+            return before
         differences = dict(before.get("losses_differ_by", {}))
         differences |= check(suite, [each for each in chosen if each.name not in differences])
+        for each in [one for one in chosen if not differences[one.name] <= TOLERANCE[one.precision]]:
+            print(f"{each.name} gets no figures: its losses are not those of the plain loop")
+            chosen.remove(each)
         rounds = [*before.get("rounds", [])]
         for _ in range(arguments.rounds):
             rounds.append(one_round(suite, chosen, arguments.steps))
-    return {
+    return before | {
         "parameters": suite.parameters, "rows": work.rows, "length": work.length, "threads": arguments.threads,
         "steps_of_a_round": arguments.steps, "losses_differ_by": differences, "rounds": rounds,
         "figures": summary(rounds, work.rows * work.length) if rounds else {},
@@ -269,6 +282,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a configuration in a round; at most 7")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--add", action="store_true", help="keep the rounds that are stored, and the losses compared")
+    parser.add_argument("--profile", nargs="+", choices=CONFIGURATIONS, metavar="NAME")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--draw", type=Path, metavar="PNG")
@@ -279,8 +293,10 @@ def main() -> None:
         return
     for name in arguments.works:
         work = WORKS[name].small() if arguments.small else WORKS[name]
-        entry = measure(name, work, arguments, known["works"].get(name, {}) if arguments.add else {})
-        print_table(entry["figures"])
+        entry = measure(
+            name, work, arguments, known["works"].get(name, {}) if arguments.add or arguments.profile else {}
+        )
+        print_table(entry.get("figures", {}))
         if not arguments.small:
             known = {
                 "date": datetime.date.today().isoformat(), "environment": environment(),

@@ -8,6 +8,7 @@ environment. Every peer but slmkit, which has its own, is driven by the same loo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -142,12 +143,24 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
     batches = load_file(spec["batches"])["ids"][: spec["steps"]]
-    losses, seconds = (by_slmkit if spec["peer"] == "slmkit" else by_loop)(spec, batches)
+    train = by_slmkit if spec["peer"] == "slmkit" else by_loop
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler if spec.get("profile") else contextlib.nullcontext():
+        losses, seconds = train(spec, batches)
     if spec["device"].startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"losses": losses, "seconds": seconds, "peak_bytes": peak}))
+    found = {"losses": losses, "seconds": seconds, "peak_bytes": peak}
+    print(json.dumps(found | ({"profile": shares(profiler)} if spec.get("profile") else {})))
+
+
+def shares(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Each operation's share of the time of all, without the operations that it calls; those above half a percent."""
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(times.values())
+    largest = sorted(times.items(), key=lambda item: -item[1])
+    return {name: round(time / whole, 4) for name, time in largest if time > 0.005 * whole}
 
 
 if __name__ == "__main__":

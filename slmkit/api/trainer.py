@@ -26,6 +26,7 @@ from slmkit.model.files.adapter_directory import LoRASettings, is_adapter
 from slmkit.training.checkpoints.checkpoint import WholeModel, kept_in
 from slmkit.training.diagnostics.xray_page import check_data
 from slmkit.training.distributed import Group, join
+from slmkit.training.estimate.micro_batch import with_usual_micro_batch
 from slmkit.training.fit import RunContext, fit
 from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.logging.progress import training_progress
@@ -145,7 +146,7 @@ class SLMTrainer:
     def _fit(self, settings: TrainSettings, device: Device, group: Group, resumed: Path | None) -> dict[str, float]:
         stream = self._stream(self.train_dataset)
         steps = settings.total_steps(stream.rows_in_epoch, self.length)
-        settings = settings.model_copy(
+        settings = with_usual_micro_batch(settings, self.config.hidden_size, device).model_copy(
             update={"max_steps": steps, "num_train_epochs": None, "warmup_steps": self._warmup(steps)}
         )
         context = self._context(settings, device, group, resumed)

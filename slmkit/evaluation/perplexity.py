@@ -88,7 +88,7 @@ def blocks_of(text: str) -> list[str]:
     return re.findall(rf"(?s).{{1,{BLOCK}}}(?!\S)|.{{1,{BLOCK}}}", text)
 
 
-def _by_block(tokenizer: SLMTokenizer, ids: Sequence[int], nats: Tensor, blocks: Sequence[str]) -> list[Tensor]:
+def _by_block(tokenizer: SLMTokenizer, ids: np.ndarray, nats: Tensor, blocks: Sequence[str]) -> list[Tensor]:
     """The losses of the tokens that begin in each block. `nats`: of the last of the tokens `ids`, or of all."""
     begins = np.cumsum([0, *(len(tokenizer.token_bytes(one)) for one in ids)])  # [tokens + 1]
     ends = np.cumsum([len(block.encode("utf-8", "surrogatepass")) for block in blocks])

@@ -122,5 +122,5 @@ def run(engine: Engine, requests: Mapping[int, Request]) -> Iterator[tuple[int, 
                     raise UserError(event.error)
                 yield handles[event.handle], event
     finally:  # after an error, or if the caller has stopped
-        for handle in handles if engine.is_busy else ():
+        for handle in [*handles] if engine.is_busy else list[int]():
             engine.remove(handle)

@@ -20,12 +20,20 @@ from slmkit.training.checkpoints import checkpoint as checkpoints
 from slmkit.training.checkpoints.checkpoint import ModelFiles
 from slmkit.training.checkpoints.flight_recorder import FlightRecorder
 from slmkit.training.checkpoints.saver import Saver, best_checkpoint, point_links
-from slmkit.training.compilation import compile_blocks, compile_pays, uncompiled
+from slmkit.training.compilation import (
+    LEAST_FLOPS,
+    compile_blocks,
+    compile_pays,
+    compiles,
+    found_to_pay,
+    is_compiled,
+    uncompiled,
+)
 from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import lack_of_memory_explained
 from slmkit.training.guards import Diverged, GuardSettings
-from slmkit.training.logging.logger import Logger, ThroughputMonitor, open_trackers
+from slmkit.training.logging.logger import Logger, StepFlops, ThroughputMonitor, open_trackers
 from slmkit.training.loop import (
     Every,
     Goal,
@@ -37,7 +45,7 @@ from slmkit.training.loop import (
     StopRequested,
     train,
 )
-from slmkit.training.objective import Objective
+from slmkit.training.objective import Objective, next_token
 from slmkit.training.optimizers.choose import make_optimizers, with_peaks
 from slmkit.training.precision import LossScale, to_weight_dtype
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
@@ -105,6 +113,8 @@ def fit(
     run, settings, group, warn = context.run, context.recipe.train, context.group, context.warn
     memory = memory or MemoryProfile(meta_model_of(context.model))
     state = fresh_state(context.recipe, context.model, context.device, group, optimizer)
+    if is_compiled(context.model) and objective is next_token and group.world == 1:
+        compiles(context.model, memory.batch(plan.rows_per_micro_batch, context.length), context.device, warn)
     _begin(context, state, resume)
     recorder = FlightRecorder(run.records, context.recipe.seed, warn, group)
     keep = recorder.needed_checkpoints
@@ -130,6 +140,20 @@ def fit(
                 logger.last_step = -1
     _warn_at_the_end(context, state, plan, batches)
     return state
+
+
+def decide_whether_to_compile(context: RunContext, objective: Objective, memory: MemoryProfile, plan: Plan) -> None:
+    """Replace `compile: auto` on a CPU by what is measured to be faster, if the new run is long enough."""
+    settings, model, length = context.recipe.train, context.model, context.length
+    if settings.compile != "auto" or objective is not next_token or context.device.torch_device.type != "cpu":
+        return
+    rows = settings.rows_per_step(length) / context.group.world
+    positions = round(plan.steps * rows * length)
+    if StepFlops(model, length).of_step(positions, positions) < LEAST_FLOPS:
+        return
+    batch, passes = memory.batch(plan.rows_per_micro_batch, length), plan.steps * rows / plan.rows_per_micro_batch
+    pays = found_to_pay(model, batch, context.device, passes, context.warn)
+    context.recipe = context.recipe.model_copy(update={"train": settings.model_copy(update={"compile": pays})})
 
 
 def _hooks(

@@ -26,7 +26,7 @@ from slmkit.training.distributed import ALONE, Group
 from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.estimate.memory import MemoryProfile, meta_model_of
 from slmkit.training.estimate.micro_batch import resolve_micro_batch
-from slmkit.training.fit import fit
+from slmkit.training.fit import decide_whether_to_compile, fit
 from slmkit.training.logging.progress import training_progress
 from slmkit.training.logging.reference_curves import ReferenceBand, find_curve
 from slmkit.training.loop import Every, Goal, Plan, Stage, StopRequested
@@ -121,6 +121,7 @@ def build_run(
     prepared = prepared_run(run, resolved_recipe, corpus, start, device, group, reporter)
     prepared.expect_evaluations()
     context = prepared.context
+    decide_whether_to_compile(context, prepared.parts.objective, prepared.memory, prepared.plan)
     run.describe(context.recipe, device, corpus.describe())
     run.add(fingerprints=fingerprints_of(prepared))
     reporter.say(prepared.summary())

@@ -297,7 +297,6 @@ def _recipe_for(width: int, tokens: int, device_name: str, overrides: Sequence[s
         "tokenizer": {"vocab_size": config.vocab_size},
         "train": {
             "tokens_per_step": rows * length,
-            "micro_batch_tokens": min(rows * length, 8_192),
             "max_tokens": max(tokens, rows * length),
             "learning_rate": float(f"{learning_rate_for(sum(sizes.values()) - sizes['embedding'], tokens):.2g}"),
             "device": device_name,

@@ -16,12 +16,14 @@ from slmkit.model.files.directory import WEIGHTS as WEIGHTS_FILE
 from slmkit.workflows.merge import prepare_merge, write_merge
 from tests.adapt import merge_reference as reference
 from tests.adapt.merge_models import Arrays, arrays, bits, merge, small, write_family
+from tests.long import several
 
 TUNES = ["tune-0", "tune-1", "tune-2"]
 WEIGHTS = [0.5, 0.3, 0.4]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+# Of every family: test_merge_directories.py.
+@pytest.fixture(scope="module", params=several(["gpt2"], ["llama", "gpt2"]))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama with untied embeddings, and a GPT-2, which stores fused and transposed matrices and biases."""
     found = tmp_path_factory.mktemp(request.param)

@@ -22,6 +22,7 @@ from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.tokenizer import SLMTokenizer
+from tests.long import several
 from tests.serving.browser import chromium, expect_contrast, expect_names, expect_no_sideways_scroll, picture, until
 from tests.tokenizer.kinds import MADE, byte_level, directory_of
 
@@ -94,7 +95,11 @@ def reference(directory: Path) -> Slmkit:
     return Slmkit(load_model(directory)[0].eval(), SLMTokenizer.from_pretrained(directory), 0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# What those that are left out have, others have too: windows, biases, norms of heads and behind a block.
+LEFT_OUT = several({"qwen2", "qwen3", "olmo2"}, set[str]())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in LEFT_OUT])
 def test_a_page_predicts_what_slmkit_does(name: str, make: Make, chromium: Any, tmp_path: Path) -> None:
     model = make(name)
     write_html(load(model, tmp_path / "whole"), tmp_path / "page.html", "f32")

@@ -20,6 +20,7 @@ from slmkit.training.loop import Every, State, train
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.grpo import REWARDS
 from slmkit.workflows.train import train_recipe
+from tests.long import IS_LONG
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER, Changed, config, dataset, plan, state, stream
 from tests.training.objectives.test_preference import CONFIG
@@ -62,6 +63,7 @@ CASES: dict[str, tuple[Callable[[], State], object, object, str]] = {
         )
         for optimizer in ("adamw", "lion", "muon")
         for precision in ("float32", "bfloat16-pure", "bfloat16-master")
+        if IS_LONG or optimizer == "adamw" or precision == "float32"
     },
 }
 

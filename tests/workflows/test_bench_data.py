@@ -64,16 +64,6 @@ def test_the_benchmark_measures_the_same_work_beside_others():
     assert results["first batch of a process"]["seconds"] > 0
 
 
-def test_training_is_measured_and_printed_as_a_table():
-    trained = slm("bench", "train", "quickstart", "--length", "64", "--tokens-per-step", "128", "--steps", "4")
-    assert trained.returncode == 0, trained.stderr
-    head, row = trained.stdout.splitlines()
-    assert head.split()[:3] == ["model", "parameters", "tokens/s"]
-    assert row.split()[:2] == ["quickstart", "1,377,408"]
-    assert float(row.split()[2].replace(",", "")) > 0
-    assert "did you mean 'quickstart'" in slm("bench", "train", "quickstar").stderr
-
-
 def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLMKIT_LITDATA_PYTHON", raising=False)
     for name in ("_datasets", "_conversations"):

@@ -169,14 +169,16 @@ def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, l
 def run_step(
     profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device, where: torch.device
 ) -> None:
-    """A training step of the profile's models, on zeros, in the types of `device`."""
+    """A training step of the profile's models, of at most two micro-batches of zeros, in the types of `device`."""
     decoder, frozen = profile.built(where)
     optimizers = _optimizers_after_a_step(decoder, settings, device)
     decoder.recompute_every = settings.gradient_checkpointing
     objective, batch = profile.objective(frozen), profile.batch(rows, length).to(where)
-    with device.autocast():
-        loss = objective(decoder, batch).total
-    loss.backward()
+    for _ in range(2 if rows < settings.rows_per_step(length) else 1):  # later micro-batches find gradients in memory
+        with device.autocast():
+            loss = objective(decoder, batch).total
+        loss.backward()
+    del loss
     for optimizer in optimizers:
         optimizer.step()
 

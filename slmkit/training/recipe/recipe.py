@@ -77,6 +77,7 @@ class ModelSettings(Settings):
 
 LENGTHS = ("max_tokens", "max_steps", "num_train_epochs")
 WARMUP_RATIO = 0.05
+USUAL_AT_ONCE = 8_192  # tokens of a micro-batch on an accelerator
 ENDLESS = "the length of a stream is not known: set train.max_tokens or train.max_steps, and not num_train_epochs"
 
 
@@ -88,8 +89,9 @@ class TrainSettings(Settings):
 
     sequence_length: int | None = Field(None, gt=1)  # tokens of a row; None: the model's max_position_embeddings
     tokens_per_step: int = Field(8_192, gt=0)  # tokens of one optimizer step, of all processes together
-    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits.
-    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = 8_192
+    # What goes through the model at once: less takes less memory, and changes nothing else. auto: the most that fits;
+    # None: 2^18 / hidden_size on a CPU, where more is hardly faster, and 8,192 elsewhere
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     max_tokens: int | None = Field(None, gt=0)  # stop after this many trained tokens
     max_steps: int | None = Field(None, gt=0)  # stop after this many optimizer steps
     num_train_epochs: float | None = Field(None, gt=0)  # stop after this many passes over the data
@@ -114,7 +116,8 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0)  # gradients with a larger norm are scaled down to it
     # every n-th layer is recomputed in the backward pass: less memory; 0: none
     gradient_checkpointing: int = Field(0, ge=0)
-    compile: Literal["auto"] | bool = "auto"  # torch.compile of each block; auto: on CUDA devices
+    # torch.compile of each block; auto: on CUDA devices, and on a CPU in long runs where it is measured to be faster
+    compile: Literal["auto"] | bool = "auto"
     logging_steps: int = Field(10, gt=0)  # steps from one line of metrics.jsonl to the next
     eval_steps: int | None = Field(None, gt=0)  # steps between evaluations; None: at most ten evaluations in a run
     save_steps: int | None = Field(None, gt=0)  # steps between checkpoints; None: one at each evaluation
@@ -167,7 +170,8 @@ class TrainSettings(Settings):
         """Rows per micro-batch; for `auto` all rows of a step, until `resolve_micro_batch` has found how many fit."""
         if self.micro_batch_tokens == "auto":
             return self.rows_per_step(sequence_length)
-        return min(self.rows_per_step(sequence_length), max(1, self.micro_batch_tokens // sequence_length))
+        at_once = max(1, (self.micro_batch_tokens or USUAL_AT_ONCE) // sequence_length)
+        return min(self.rows_per_step(sequence_length), at_once)
 
     def total_steps(self, rows_in_epoch: int | None, sequence_length: int) -> int:
         """Optimizer steps of the whole run, at least one. Raises `UserError` for epochs of unknown length."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slmkit.config import UserError, load_settings
-from slmkit.device import find_device
+from slmkit.device import Device, find_device
 from slmkit.model.files.directory import empty_decoder
 from slmkit.training import objective as objectives
 from slmkit.training.estimate import micro_batch
@@ -23,6 +23,7 @@ from slmkit.training.recipe.recipe import TrainSettings
 from tests.training.helpers import LENGTH, config, plan, settings, state, stream
 
 CPU = find_device("cpu", "float32")
+GPU = Device(torch.device("cuda"), torch.float32)
 
 
 def fresh(**changes: object) -> MemoryProfile:
@@ -51,6 +52,21 @@ def test_auto_is_shared_out_evenly_and_keeps_the_tokens_of_a_step(monkeypatch: p
     assert resolved.rows_per_micro_batch(LENGTH) == 7  # 7 + 7 + 6
     assert resolved.rows_per_step(LENGTH) == 20
     assert resolve_micro_batch(resolved, fresh(), LENGTH, CPU) is resolved
+
+
+def test_a_recipe_that_says_nothing_gets_what_is_usual_on_the_device() -> None:
+    silent, width = settings(tokens_per_step=2**20, micro_batch_tokens=None), config().hidden_size
+    on_cpu, on_gpu = (resolve_micro_batch(silent, fresh(), LENGTH, device) for device in (CPU, GPU))
+    assert on_cpu.rows_per_micro_batch(LENGTH) == 2**18 // width // LENGTH
+    assert on_gpu.rows_per_micro_batch(LENGTH) == 8_192 // LENGTH
+    assert resolve_micro_batch(silent, fresh(), 2**18, CPU).rows_per_micro_batch(2**18) == 1
+
+
+def test_gradients_of_earlier_micro_batches_count() -> None:
+    """In one micro-batch, activations are freed as gradients come; in a later one, both are there."""
+    alone, later = (training_bytes(fresh(), settings(tokens_per_step=n * LENGTH), 8, LENGTH, CPU) for n in (8, 16))
+    gradients = sum(4 * p.numel() for p in fresh().model.parameters())
+    assert gradients / 2 < later - alone < 1.01 * gradients
 
 
 def test_not_even_one_row_is_one_line_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
