@@ -2,7 +2,7 @@
 
 python -m benchmarks.shakespeare --text input.txt              # three seeds of both: a quarter of an hour
 python -m benchmarks.shakespeare --text input.txt --seeds 2 --add    # another seed beside those that are stored
-python -m benchmarks.shakespeare --draw docs/shakespeare.png   # the chart of what was measured
+python -m benchmarks.shakespeare --write    # the chart and the table of docs/performance.md, of what was measured
 
 `input.txt` is tinyshakespeare, 1,115,394 characters. The plain loop (`benchmarks/plain_loop.py`) has the settings that
 nanoGPT documents for a CPU: 4 layers, 4 heads, 128 wide, rows of 64 characters, 12 rows a step, 2,000 steps of AdamW;
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.figures import spread
+from benchmarks.figures import PERFORMANCE, spread, write_tables
 from benchmarks.plain_loop import GPT, adamw, warm_up_and_cosine
 from slmkit.training.logging.metrics_log import environment
 
@@ -125,6 +125,25 @@ def compared(plain: Curve, ours: Curve) -> dict[str, float | None]:
     }  # fmt: skip
 
 
+def write(results: dict[str, Any]) -> None:
+    """The table of the page on performance, and its chart."""
+    lines = [
+        "| seed | plain loop: seconds | its loss | recipe: seconds | its loss "
+        "| share of the plain loop's seconds until its loss | loss within its seconds |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for seed, run in results["seeds"].items():
+        c = run["compared"]
+        share = c["share_of_the_plain_seconds"]
+        reached = "not reached" if share is None else f"{share:.0%}"
+        figures = (
+            f"{c['plain_seconds']:.0f} | {c['plain_loss']:.3f} | {c['recipe_seconds']:.0f} | {c['recipe_loss']:.3f}"
+        )
+        lines.append(f"| {seed} | {figures} | {reached} | {c['recipe_loss_in_the_plain_seconds']:.3f} |")
+    write_tables(PERFORMANCE, "shakespeare", lines)
+    draw(results, PERFORMANCE.parent / "shakespeare.png")
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Validation loss over seconds of training: every seed of both."""
     from matplotlib.figure import Figure
@@ -161,12 +180,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--add", action="store_true", help="keep the seeds that are stored")
     parser.add_argument("--plain-steps", type=int, default=STEPS, help="fewer: to see that it runs; nothing is stored")
-    parser.add_argument("--draw", type=Path, metavar="PNG")
+    parser.add_argument("--write", action="store_true", help="no run: the chart and the table of what was measured")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
     arguments = parser.parse_intermixed_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seeds": {}}
-    if arguments.draw:
-        draw(known, arguments.draw)
+    if arguments.write:
+        write(known)
         return
     if arguments.text is None:
         parser.error("--text FILE is needed: tinyshakespeare's input.txt")

@@ -6,7 +6,7 @@ python -m benchmarks.training "Llama 46M" --rounds 1          # one of the works
 python -m benchmarks.training --small                         # a minute: small shapes, nothing is stored
 python -m benchmarks.training --add                           # further rounds beside those that are stored
 python -m benchmarks.training --profile slmkit plain           # where the time of a step goes, by operation
-python -m benchmarks.training --draw docs/training-speed.png  # the chart of what was measured
+python -m benchmarks.training --write                         # the chart and the tables of docs/performance.md
 
 First the losses: ten steps of a few short rows must give every configuration the same losses, within a tolerance, or it
 gets no figures. Then, in each round, each configuration takes some steps of the work in a fresh process, whose peak
@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.figures import spread
+from benchmarks.figures import PERFORMANCE, spread, write_tables
 from slmkit.device import multiplies_in_bfloat16
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.directory import save_decoder
@@ -224,11 +224,38 @@ def print_table(figures: dict[str, Any]) -> None:
         print(f"{name}: {rate['median']:,} tokens/s, {memory['median']} GiB{faster}")
 
 
+def write(results: dict[str, Any]) -> None:
+    """The tables of the page on performance, and its chart."""
+    lines = list[str]()
+    for name, work in results["works"].items():
+        if not work.get("figures"):
+            continue
+        threads, count = work["threads"], len(work["rounds"])
+        lines += [
+            *[""] * bool(lines),
+            f"{name}, {work['parameters']:,} parameters, {work['rows']} x {work['length']} tokens a step, "
+            f"{threads} threads, rounds: {count}, timed steps in each: {work['steps_of_a_round']}, {results['date']}:",
+            "",
+            "| configuration | tokens/s | peak memory, GiB | first step, s | slmkit's best is faster by "
+            "| ten losses differ by |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for each, found in work["figures"].items():
+            rate, memory, first = (found[key] for key in ("tokens_per_second", "peak_gib", "first_step_seconds"))
+            ratio, difference = found["slmkit_is_faster_by"], work["losses_differ_by"][each]
+            lines.append(
+                f"| {each} | {rate['median']:,.0f} ({rate['least']:,.0f} to {rate['most']:,.0f}) | {memory['median']} "
+                f"| {first['median']} | {'' if ratio is None else ratio['median']} | {difference:.0e} |"
+            )
+    write_tables(PERFORMANCE, "training", lines)
+    draw(results, PERFORMANCE.parent / "training-speed.png")
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Tokens a second and peak memory of every configuration, a row of plots for each work."""
     from matplotlib.figure import Figure
 
-    works = results["works"]
+    works = {name: work for name, work in results["works"].items() if work.get("figures")}
     figure = Figure(figsize=(9, 2.6 * len(works)), layout="constrained")
     for axes, (name, work) in zip(figure.subplots(len(works), 2, squeeze=False), works.items()):
         names = [*work["figures"]][::-1]
@@ -285,11 +312,11 @@ def main() -> None:
     parser.add_argument("--profile", nargs="+", choices=CONFIGURATIONS, metavar="NAME")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", type=Path, metavar="PNG")
+    parser.add_argument("--write", action="store_true", help="no run: the chart and the tables of what was measured")
     arguments = parser.parse_args()
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"works": {}}
-    if arguments.draw:
-        draw(known, arguments.draw)
+    if arguments.write:
+        write(known)
         return
     for name in arguments.works:
         work = WORKS[name].small() if arguments.small else WORKS[name]
