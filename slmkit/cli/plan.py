@@ -9,6 +9,7 @@ import typer
 from slmkit.cli.options import DeviceName, Overrides
 
 if TYPE_CHECKING:
+    from slmkit.training.estimate.cluster import ClusterEstimate
     from slmkit.workflows.plan import RunEstimate
 
 
@@ -31,6 +32,10 @@ def plan(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Write the proposed recipe to this file.")
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=2, help="Plan a recipe for so many GPUs with FSDP, by calculation.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --gpus: a100, h100 or h200.")] = "h100",
 ) -> None:
     """Predict a run's time, memory, disk and loss.
 
@@ -39,38 +44,58 @@ def plan(
 
     Example: slm plan --hours 1 data.source=book.txt -o mine.yaml
     Example: slm plan own-text data.source=book.txt model.hidden_size=192
+    Example: slm plan llama-3.2-1b --gpus 64 train.sequence_length=2048
     """
-    from pathlib import Path
-
     from slmkit.cli.show import TerminalReporter
-    from slmkit.config import UserError, to_yaml
     from slmkit.training.recipe.recipe import find_recipe, load_recipe
 
-    budget = hours is not None or tokens is not None
-    if recipe is not None and "=" in recipe and budget:  # there is no recipe: the first argument is an override
-        overrides, recipe = [recipe, *(overrides or [])], None
-    if recipe is not None and (budget or output is not None):
-        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
-    if recipe is None and (hours is None) == (tokens is None):
-        raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
+    if recipe is not None and "=" in recipe and (hours is not None or tokens is not None):
+        overrides, recipe = [recipe, *(overrides or [])], None  # there is no recipe: the first argument is an override
+    _expect_what_fits_together(recipe, hours, tokens, output, gpus)
     reporter = TerminalReporter()
     loaded = None
     if recipe is not None:
         loaded = load_recipe(find_recipe(recipe), [f"train.device={device}", *(overrides or [])], reporter.say)
-    reporter.say("looking at this machine")
-    from slmkit.workflows.plan import plan_recipe, propose  # imports torch: after the arguments were checked
+    from slmkit.workflows.plan import plan_on_gpus, plan_recipe, propose  # imports torch: after the arguments
 
+    if loaded is not None and gpus is not None:
+        _show_on_gpus(*plan_on_gpus(loaded, gpus, gpu), gpu)
+        return
+    reporter.say("looking at this machine")
     if loaded is None:
         result = propose(hours, None if tokens is None else int(tokens), device, measure, reporter.say, overrides or [])
     else:
         result = plan_recipe(loaded, measure, reporter.say)
     _show(result)
-    if output is not None:
-        Path(output).write_text(to_yaml(result.recipe), encoding="utf-8")
-        named = result.recipe.data.source or result.recipe.data.sources
-        print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
-    elif recipe is None:
+    if recipe is None:
+        _write(result, output)
+
+
+def _write(result: RunEstimate, output: str | None) -> None:
+    """Write the proposed recipe, or say how to."""
+    from pathlib import Path
+
+    from slmkit.config import to_yaml
+
+    if output is None:
         print("\nto train it, write the recipe to a file: the same command with -o mine.yaml")
+        return
+    Path(output).write_text(to_yaml(result.recipe), encoding="utf-8")
+    named = result.recipe.data.source or result.recipe.data.sources
+    print(f"\nrecipe: {output}; next: slm train {output}" + ("" if named else " data.source=YOUR.txt"))
+
+
+def _expect_what_fits_together(
+    recipe: str | None, hours: float | None, tokens: float | None, output: str | None, gpus: int | None
+) -> None:
+    from slmkit.config import UserError
+
+    if recipe is not None and (hours is not None or tokens is not None or output is not None):
+        raise UserError("--hours, --tokens and --output are for a proposal: give either a recipe or these options")
+    if gpus is not None and recipe is None:
+        raise UserError("--gpus is for a recipe: slm plan RECIPE --gpus 8")
+    if recipe is None and (hours is None) == (tokens is None):
+        raise UserError("name a recipe to plan, or what to propose one for: --hours 1, or --tokens 1e8")
 
 
 def _show(result: RunEstimate) -> None:
@@ -130,3 +155,26 @@ def _loss(result: RunEstimate) -> str:
     if result.recipe.objective != "pretrain" or result.recipe.model.path is not None:
         return "not estimated: the published laws are about pretraining from scratch"
     return "not estimated: for so few tokens the published laws do not hold"
+
+
+def _show_on_gpus(step: ClusterEstimate, tokens: int, gpu: str) -> None:
+    from slmkit.cli.show import count, gibibytes
+    from slmkit.training.logging.progress import clock
+
+    waits, writes = step.checkpoint_seconds
+    lines = {
+        "GPUs": f"{step.gpus} of {gpu}; of each {step.micro_batches} micro-batches of {step.rows} rows a step",
+        "a step": f"{step.step_seconds * 1e3:,.1f} ms for {step.tokens:,} tokens: products "
+        f"{step.products * 1e3:,.1f}, waiting for communication {step.waiting * 1e3:,.1f}, "
+        f"update {step.update * 1e3:,.1f}, agreement of hosts {step.agreement * 1e3:,.1f}",
+        "communication": f"{step.communication * 1e3:,.1f} ms: {gibibytes(step.gathered_bytes)} of weights gathered, "
+        f"{gibibytes(step.reduced_bytes)} of gradients reduced",
+        "memory": f"{gibibytes(step.memory_bytes)} of each GPU",
+        "checkpoint": f"{gibibytes(step.checkpoint_bytes)}; the run waits {waits:.1f} s for each, and "
+        f"{writes:.0f} s of writing follow in the background",
+        "speed": f"{step.tokens_per_second:,.0f} tokens/s, MFU {step.mfu:.0%}",
+        "time": f"{clock(tokens / step.tokens_per_second)} for {count(tokens)} tokens, without evaluations",
+    }
+    for name, value in lines.items():
+        print(f"{name:<15}{value}")
+    print("\nby calculation, from published rates of the hardware: docs/cluster.md")

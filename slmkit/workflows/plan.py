@@ -24,6 +24,7 @@ from slmkit.model.files.directory import empty_decoder
 from slmkit.model.files.stored import stored_tensors
 from slmkit.model.sizes import cache_size, cache_variants, flops_per_token, parameter_count, parameters_by_module
 from slmkit.tokenizer import SLMTokenizer
+from slmkit.training.estimate.cluster import ClusterEstimate, forecast_on_gpus
 from slmkit.training.estimate.forecast import (
     EVALUATION_SECONDS,
     Estimate,
@@ -136,6 +137,16 @@ def plan_recipe(
     )
     epochs = steps * recipe.train.rows_per_step(recipe.tokens_of_row(length)) / rows if text else None
     return RunEstimate(recipe, config, profile, device, estimate, measured, text, epochs, assumptions)
+
+
+def plan_on_gpus(recipe: Recipe, gpus: int, gpu: str) -> tuple[ClusterEstimate, int]:
+    """Estimate of a step of this recipe with FSDP on `gpus` GPUs called `gpu`, and the tokens of the whole run.
+
+    Raises `UserError` like `plan_recipe`, and like `forecast_on_gpus`.
+    """
+    here = {"device": "cpu", "micro_batch_tokens": 1}  # a row at once: memory of this machine does not matter
+    found = plan_recipe(recipe.model_copy(update={"train": recipe.train.model_copy(update=here)}), measure=False)
+    return forecast_on_gpus(found.profile, recipe.train, gpus, gpu), found.estimate.tokens
 
 
 def _meta_model(recipe: Recipe, config: SLMConfig) -> Decoder:

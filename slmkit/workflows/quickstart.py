@@ -30,6 +30,7 @@ RELATIVE_TIMES = {"primer": 1.0, "stories": 4.1, "chat": 2.4}  # the time of eac
 ALL_PARTS = sum(RELATIVE_TIMES.values())
 FIXED = 8.0  # seconds for loading and saving, independent of the amount of data
 EVALUATION = 0.08  # share of the remaining time for the evaluation
+EVALUATIONS = 2.5  # about, in each run: one takes as long as six steps
 SMALLEST_SHARE = 0.01
 RESERVE = 0.07  # share of the time kept free: the machine may become slower
 OVERRUN = 1.25  # a part is stopped after this many times its planned time
@@ -88,7 +89,8 @@ def train_quickstart(
 
 def _train_part(part: str, values: Sequence[str], share: float, until: float, reporter: Reporter) -> RunDirectory:
     """A run of a part's recipe on a share of its documents, stopped at `until` (`time.monotonic`)."""
-    recipe = load_recipe(find_recipe(f"quickstart-{part}"), values)
+    every = max(1, round(share * RELATIVE_TIMES[part] * PRIMER_STEPS / EVALUATIONS))
+    recipe = load_recipe(find_recipe(f"quickstart-{part}"), [*values, f"train.eval_steps={every}"])
     stop = StopRequested(until)
     try:
         return train_recipe(_shortened(recipe, share), reporter, stop=stop)

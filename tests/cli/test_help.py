@@ -103,6 +103,7 @@ SMALLER = {  # what is added to an example so that it takes seconds; everything 
     "slm resume runs/book": ["train.max_tokens=8e3"],
     "slm plan own-text": ["--no-probe"],
     "slm plan --hours": ["--no-probe"],
+    "slm plan llama": ["model.num_hidden_layers=1", "train.micro_batch_tokens=2048"],
     "slm eval runs/book --tasks": ["--limit", "2"],
     "slm eval oracle": None,  # needs the files of a task, and is run by tests of its own
     "slm compare --results": None,  # needs results of two models, and is run by tests of its own

@@ -8,21 +8,23 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slmkit.data.batch import Batch
 from slmkit.device import Device
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.sizes import LOGITS_AT_ONCE
+from slmkit.training.distributed import ALONE, Group, is_share
 from slmkit.training.losses import token_log_probabilities
 from slmkit.training.objective import Objective, next_token
 from slmkit.training.optimizers.choose import make_optimizers, trained
@@ -124,7 +126,8 @@ class MemoryProfile:
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Adds up the bytes of all live tensors while active; `peak` is the maximum.
+    """Adds up the bytes of all live tensors while active; `peak` is the maximum. `exchanged` counts the bytes that
+    collective operations of processes hand out, by operation.
 
     Boolean masks count as all True, since meta tensors have no values.
     """
@@ -132,29 +135,51 @@ class AllocationTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.exchanged: Counter[str] = Counter()
+        self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+
+    def __enter__(self) -> Self:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # how FSDP frees gathered weights
+            self._change(storage, size)
+            return resize(storage, size)
+
+        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(is_share, types)):  # the same operation on this process's part follows
+            return NotImplemented
         indices = args[1] if func is torch.ops.aten.index.Tensor else []
         if len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool:
             result = args[0].flatten(0, indices[0].dim() - 1).clone()
         else:
             result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            self.exchanged[func._opname] += sum(tensor.nbytes for tensor in tree_leaves(args[0]))
         tree_map_only(Tensor, self._note, result)
         return result
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()  # views share it
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(storage)
-        weakref.finalize(storage, self._gone, size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        if storage not in self._sizes:
+            self._sizes[storage] = size = [0]
+            weakref.finalize(storage, self._gone, size)
+            self._change(storage, storage.nbytes())
 
-    def _gone(self, size: int) -> None:
-        self.now -= size
+    def _change(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage in self._sizes:
+            self.now += size - self._sizes[storage][0]
+            self._sizes[storage][0] = size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, size: list[int]) -> None:
+        self.now -= size[0]
 
 
 def training_bytes(profile: MemoryProfile, settings: TrainSettings, rows: int, length: int, device: Device) -> int:
@@ -171,14 +196,24 @@ def run_step(
 ) -> None:
     """A training step of the profile's models, of at most two micro-batches of zeros, in the types of `device`."""
     decoder, frozen = profile.built(where)
-    optimizers = _optimizers_after_a_step(decoder, settings, device)
-    decoder.recompute_every = settings.gradient_checkpointing
+    optimizers = optimizers_after_a_step(decoder, settings, device)
     objective, batch = profile.objective(frozen), profile.batch(rows, length).to(where)
-    for _ in range(2 if rows < settings.rows_per_step(length) else 1):  # later micro-batches find gradients in memory
+    parts = 2 if rows < settings.rows_per_step(length) else 1  # later micro-batches find gradients in memory
+    step_of(decoder, optimizers, objective, batch, settings, device, micro_batches=parts)
+
+
+def step_of(
+    decoder: Decoder, optimizers: list[torch.optim.Optimizer], objective: Objective, batch: Batch,
+    settings: TrainSettings, device: Device, group: Group = ALONE, micro_batches: int = 1,
+) -> None:  # fmt: skip
+    """Gradients of equal micro-batches, and the update."""
+    decoder.recompute_every = settings.gradient_checkpointing
+    for number in range(micro_batches):
+        model = group.prepared(decoder, is_last=number == micro_batches - 1)
         with device.autocast():
-            loss = objective(decoder, batch).total
+            loss = objective(model, batch).total
         loss.backward()
-    del loss
+        del loss
     for optimizer in optimizers:
         optimizer.step()
 
@@ -187,7 +222,7 @@ def state_bytes(profile: MemoryProfile, settings: TrainSettings, device: Device)
     """Bytes held between two steps: weights, optimizer state, and the teacher or reference model."""
     with FakeTensorMode(), AllocationTracker() as tracker:
         models = profile.built()
-        optimizers = _optimizers_after_a_step(models[0], settings, device)
+        optimizers = optimizers_after_a_step(models[0], settings, device)
         held = tracker.now
         del models, optimizers
     return held
@@ -220,7 +255,7 @@ def reading_peaks(profile: MemoryProfile, length: int, device: Device) -> list[i
     return peaks
 
 
-def _optimizers_after_a_step(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
+def optimizers_after_a_step(decoder: Decoder, settings: TrainSettings, device: Device) -> list[torch.optim.Optimizer]:
     """The optimizers of a meta decoder, with the state that all steps but the first have; weights in their training
     type.
     """
