@@ -50,9 +50,9 @@ SHAPES = {
 TUNING_SEED = 100
 DEFAULTS = TrainSettings().model_dump()
 Changes = dict[str, Any]  # keys of the section train, and `initialization`
-TUNED: dict[str, dict[str, tuple[float, ...]]] = {
+TUNED: dict[str, dict[str, tuple[float | None, ...]]] = {  # the first is what is taken where nothing is tried
     "adamw": {
-        "learning_rate": (2e-3, 1e-3, 4e-3), "warmup_ratio": (0.05, 0.2), "adam_beta2": (0.95, 0.99),
+        "learning_rate": (2e-3, 1e-3, 4e-3), "warmup_ratio": (None, 0.2), "adam_beta2": (0.95, 0.99),
         "weight_decay": (0.1, 0.01),
     },
     "muon": {"muon_learning_rate": (0.02, 0.01, 0.04)},
@@ -63,11 +63,15 @@ STABLE: Changes = {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_ratio":
 TECHNIQUES: dict[str, Changes] = {
     "adamw": {},
     "muon": MUON,
+    "muon, row variance": MUON | {"muon_beta2": 0.95},
     "linear to zero": TO_ZERO,
     "stable, then to zero": STABLE,
     "muon, linear to zero": MUON | TO_ZERO,
 }
-COLORS = {"adamw": "tab:orange", "muon": "tab:blue"}
+COLORS = {
+    "adamw": "tab:orange", "muon": "tab:blue", "muon, row variance": "tab:green", "muon, linear to zero": "tab:purple",
+    "linear to zero": "tab:brown", "stable, then to zero": "tab:gray",
+}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "tokens_to_loss.json"
 Curve = list[tuple[int, float, float]]  # tokens, validation loss, that of the averaged weights
 
@@ -133,7 +137,7 @@ class Measured:
 
     def __init__(self, name: str, size: str, steps: int, corpus: Corpus | None, tune: list[str]) -> None:
         self.name, self.size, self.steps, self.corpus, self.tune = name, size, steps, corpus, tune
-        self.entry = f"{name}, {size} parameters, {steps} steps"
+        self.entry = f"{name}, {size} parameters, {steps} steps of {TOKENS_PER_STEP:,}"
         self.runs: dict[str, Curve] = read()["texts"].get(self.entry, {}).get("runs", {})
 
     def run(self, changes: Changes, seed: int) -> Curve:
@@ -220,8 +224,8 @@ def draw(found: dict[str, dict], path: Path) -> None:
     """Validation loss over tokens: a plot for each text, a line for each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(found), 3.6), layout="constrained")
-    for axes, (text, result) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+    figure = Figure(figsize=(9.2, 3.6 * -(-len(found) // 2)), layout="constrained")
+    for axes, (text, result) in zip(figure.subplots(-(-len(found) // 2), 2, squeeze=False).flat, found.items()):
         for technique, each in result["techniques"].items():
             for number, seed in enumerate(each["seeds"]):
                 curve = result["runs"][key_of(each["settings"], seed)]

@@ -279,6 +279,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "train.learning_rate": ("text", {}, 0.02),
     "train.muon_learning_rate": ("text", MUON, 0.05),
     "train.muon_momentum": ("text", MUON, 0.5),
+    "train.muon_beta2": ("text", MUON, 0.5),
     "train.lr_scheduler_type": ("text", {"train.max_steps": 4}, "linear"),
     "train.min_learning_rate_ratio": ("text", {}, 0.5),
     "train.warmup_steps": ("text", {}, 3),

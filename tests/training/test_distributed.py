@@ -62,7 +62,7 @@ def train_run(root: Path, parallel: str, optimizer: str, resume: bool = False, s
     """
     train = settings(
         parallel=parallel, optimizer=optimizer, tokens_per_step=7 * LENGTH, micro_batch_tokens=2 * LENGTH,
-        max_steps=STEPS, eval_steps=2, max_grad_norm=0.5,
+        max_steps=STEPS, eval_steps=2, max_grad_norm=0.5, muon_beta2=0.8,
     )  # fmt: skip
     rows, shape, directory = UnevenRows(), config(vocab_size=261), RunDirectory(root)
     device = find_device("cpu", "float32")

@@ -73,7 +73,7 @@ def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     hidden = {name for name, parameter in parameters.items() if name.startswith("blocks.") and parameter.dim() == 2}
     matrices = [parameter for name, parameter in parameters.items() if name in hidden]
     others = [parameter for name, parameter in parameters.items() if name not in hidden]
-    rates = {"lr": settings.muon_learning_rate, "momentum": settings.muon_momentum}
+    rates = {"lr": settings.muon_learning_rate, "momentum": settings.muon_momentum, "beta2": settings.muon_beta2}
     first = Muon(matrices, **rates, weight_decay=settings.weight_decay)
     return [with_peaks(first), _adamw(others, settings)]
 
@@ -124,14 +124,10 @@ class ForeachOptimizer(torch.optim.Optimizer):
     """Calls `update` for the parameters of each group that have a gradient."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            self.update([p for p in group["params"] if p.grad is not None], group)
-        return loss
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self.update(parameters, group)
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [...] each
         """Change the parameters by their gradients."""
@@ -156,8 +152,6 @@ class Lion(ForeachOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [...] each
-        if not parameters:
-            return
         gradients, momenta = self.momenta("exp_avg", parameters)
         beta1, beta2 = group["betas"]
         steps = torch._foreach_sign(torch._foreach_lerp(momenta, gradients, 1 - beta1))
@@ -186,13 +180,14 @@ class Muon(ForeachOptimizer):
 
     Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; the polynomials are those of Amsel et al.
     2025, "The Polar Express", arXiv:2505.16932. A matrix of more rows than columns takes larger steps, by the square
-    root of the ratio. Weight decay is decoupled. Raises `ValueError` for a parameter that is not a matrix.
+    root of the ratio. Weight decay is decoupled. With `beta2` the rows of an update are made equally long over the
+    steps (NorMuon, Li et al. 2025, arXiv:2510.05491). All parameters must be matrices.
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("Muon updates 2D parameters only: leave the others to another optimizer")
+    def __init__(
+        self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, beta2: float | None = None
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2})
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:  # [rows, columns] each
         for matrices in _stacks(parameters):
@@ -203,8 +198,27 @@ class Muon(ForeachOptimizer):
             rows, columns = matrices[0].shape
             step = group["lr"] * max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            steps = [share_like(each, p) for each, p in zip(orthogonal(ahead).to(matrices[0].dtype), matrices)]
-            torch._foreach_add_(matrices, steps, alpha=-step)
+            directions = orthogonal(ahead).to(matrices[0].dtype)
+            if group["beta2"] is not None:
+                directions = self.with_even_rows(directions, matrices, group["beta2"])
+            torch._foreach_add_(matrices, [*map(share_like, directions, matrices)], alpha=-step)
+
+    def with_even_rows(self, directions: Tensor, matrices: list[Tensor], beta2: float) -> Tensor:
+        """Each row divided by the root of its mean square over the steps, the norm of a matrix kept.
+
+        `directions` and the result: [matrices, rows, columns]. The mean squares, [rows, 1], are whole on every rank.
+        """
+        squares = directions.square().mean(-1, keepdim=True)  # [matrices, rows, 1]
+        for p in matrices:
+            self.state[p].setdefault("row_variance", torch.zeros_like(squares[0]))
+        variances = [self.state[p]["row_variance"] for p in matrices]
+        torch._foreach_lerp_(variances, [*squares], 1 - beta2)
+        scales = torch.stack(variances).sqrt().clamp(min=LEAST_NORM).reciprocal()
+        norms = (
+            squares.sum(-2, keepdim=True),
+            (squares * scales.square()).sum(-2, keepdim=True),
+        )  # squared, by columns
+        return directions * scales * (norms[0] / norms[1].clamp(min=LEAST_NORM)).sqrt()
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

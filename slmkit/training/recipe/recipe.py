@@ -99,13 +99,13 @@ class TrainSettings(Settings):
     learning_rate: float = Field(1e-3, gt=0)  # the peak, for AdamW; Lion needs a third of it or less
     muon_learning_rate: float = Field(0.02, gt=0)  # learning rate of the matrices that Muon updates
     muon_momentum: float = Field(0.95, ge=0, lt=1)  # momentum of Muon
+    muon_beta2: float | None = Field(None, ge=0, lt=1)  # beta 2 of NorMuon's row variances, such as 0.95; None: Muon
     # how the learning rate falls
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
     warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
-    warmup_ratio: float | None = Field(
-        None, ge=0, lt=1
-    )  # warm-up as a share of all steps; None: 0.05 unless warmup_steps is given
+    # warm-up as a share of all steps; None: 0.05 unless warmup_steps is given
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
     # steps of the schedule; None: those of the run; later steps keep the last rate
     lr_schedule_steps: int | None = Field(None, gt=0)
     lr_decay_ratio: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay only: the share of all steps in which it falls
@@ -133,12 +133,10 @@ class TrainSettings(Settings):
     early_stopping_patience: int | None = Field(None, gt=0)  # evaluations without a better metric that end the run
     sample_prompts: list[str] | None = None  # what samples.md continues; None: one from the validation data
     sample_tokens: int = Field(120, gt=0)  # tokens of each sample
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list
-    )  # where metrics go in addition to metrics.jsonl
-    parallel: Literal["auto", "ddp", "fsdp"] = (
-        "auto"  # with several processes: each holds the whole model (ddp, also auto) or a share of it (fsdp)
-    )
+    # where metrics go in addition to metrics.jsonl
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    # with several processes: each holds the whole model (ddp, also auto) or a share of it (fsdp)
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     ddp_timeout: float = Field(600, gt=0)  # seconds that a process waits for the others before it fails
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     # docs/training.md lists what each means

@@ -90,7 +90,7 @@ def test_moments_of_8_bits_are_near_those_of_32() -> None:
 def test_a_resumed_run_ends_as_the_unbroken_one(optimizer: str, precision: str, tmp_path) -> None:
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    how = {"optimizer": optimizer, "precision": precision, "save_total_limit": 9}
+    how = {"optimizer": optimizer, "precision": precision, "save_total_limit": 9, "muon_beta2": 0.8}
     whole = run(tmp_path, **how)
     last = tmp_path / "checkpoints" / "step-000012"
     last.rename(tmp_path / "last")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slmkit.device import multiplies_in_bfloat16
 from slmkit.training.optimizers import choose
 from slmkit.training.optimizers.choose import POLAR_EXPRESS, Muon, orthogonal
 
@@ -102,6 +103,30 @@ def test_every_direction_of_a_step_is_about_as_long(
     assert values.max() < 1.3
 
 
-def test_what_is_not_a_matrix_is_refused() -> None:
-    with pytest.raises(ValueError, match="2D"):
-        Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
+def test_rows_of_an_update_are_made_equally_long_over_the_steps() -> None:
+    """Algorithm 1 of arXiv:2510.05491, one matrix and one step at a time; the norm of an update is Muon's."""
+    plain, ours = matrices(), matrices()
+    stepped(ours, Muon(ours, lr=0.05, momentum=0.9, beta2=0.8))
+    draw = torch.Generator().manual_seed(1)
+    gradients = [[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(8)]
+    for index, p in enumerate(plain):
+        momentum, variance = torch.zeros_like(p), torch.zeros(len(p), 1)
+        for gradient in (of_step[index] for step, of_step in enumerate(gradients) if step != index):
+            momentum = 0.9 * momentum + 0.1 * gradient
+            update = orthogonal((0.9 * momentum + 0.1 * gradient)[None])[0].float()
+            variance = 0.8 * variance + 0.2 * update.square().mean(1, keepdim=True)
+            even = update / variance.sqrt()
+            even *= update.norm() / even.norm()
+            p.data -= 0.05 * max(1.0, p.size(0) / p.size(1)) ** 0.5 * even
+        torch.testing.assert_close(ours[index], p, rtol=0, atol=1e-3 if multiplies_in_bfloat16(p.device) else 1e-4)
+
+
+def test_rows_without_a_gradient_stay_as_they_are() -> None:
+    weight = nn.Parameter(torch.ones(4, 6))
+    weight.grad = torch.zeros(4, 6)
+    Muon([weight], lr=0.1, beta2=0.9).step()
+    assert torch.equal(weight, torch.ones(4, 6))
+    weight.grad[1] = 1.0
+    Muon([weight], lr=0.1, beta2=0.9).step()
+    assert (weight != 1).any(1).tolist() == [False, True, False, False]
+    assert torch.isfinite(weight).all()
