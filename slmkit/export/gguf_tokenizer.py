@@ -58,8 +58,7 @@ KNOWN_ENDS = {*TABLES["ends"].split()}
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: SLMTokenizer, directory: Path, rows: int) -> None:
     """Write the tokenizer's metadata. `directory`: the model's; `rows`: of its embedding.
 
-    Raises `UserError` for a tokenizer that llama.cpp does not have, for ids without a row, and for a chat template that
-    ends turns with a token that does not end a text.
+    Raises `UserError` for a tokenizer that llama.cpp does not have, and for ids without a row.
     """
     library, generation = tokenizer._tokenizer, SLMConfig.from_pretrained(directory).for_generation()
     content = json.loads(library.to_str())
@@ -237,12 +236,7 @@ def _ends(tokenizer: SLMTokenizer, generation: Content) -> dict[str, int]:
     ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
     turn = tokenizer.end_of_turn_id
     if template and (found := chat.end_of_turn(template, (*ids,), (*names.items(),))):
-        turn = ids[found]
-        if turn not in ends:
-            raise UserError(
-                f"the chat template ends a turn with {found!r}, which ends no text: add its id, {turn}, to "
-                "eos_token_id in generation_config.json"
-            )
+        turn = ids[found]  # a base model's template has one too, which its configuration does not list as an end
     # Llama 3's tokenizer calls the end of a turn its end of text; the base model's end is in the list alone.
     others = sorted(ends - {turn}, key=lambda index: (spelled.get(index) not in ENDS_OF_TEXT, index))
     eos = tokenizer.eos_token_id

@@ -20,7 +20,6 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.sources import open_source
 from slmkit.data.sources.files import KINDS, kind_of
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.evaluation.perplexity import blocks_of
 
 WIKITEXT = "wikitext-2"
 ON_THE_HUB = {  # the data set of lm-eval's task
@@ -62,6 +61,8 @@ def read_text(source: SourceSettings, limit: int | None = None) -> Text:
 
     Raises `UserError` as sources do.
     """
+    from slmkit.evaluation.perplexity import blocks_of  # imports torch: `find_text` is asked before that
+
     documents, left_out, parts = list[str](), [0.0], list[str]()
     try:
         opened = open_source(source)
