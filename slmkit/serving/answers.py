@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 import time
@@ -156,6 +157,7 @@ class CompletionRow:
         self.has_logprobs = request.logprobs is not None
         self.echo = several(body.prompt)[index // request.n] if body.echo else ""  # a text or ids
         self.text, self.finish, self.lists, self._characters, self._is_first = "", "", _lists(), 0, True
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # knows where a character is complete
 
     def read(self, event: Event, prompt_logprobs: Sequence[Logprobs]) -> JSON | None:
         """The choice of the next chunk; None if there is nothing to say yet."""
@@ -187,10 +189,11 @@ class CompletionRow:
             lists["token_logprobs"].append(logprob)
             likeliest = {_spelled(self.tokenizer, one)[0]: value for one, value in reversed(entries)}
             lists["top_logprobs"].append(None if logprob is None else likeliest)
-            inside = bool(spelled) and spelled[0] & 0xC0 == 0x80  # of a character that began before
-            lists["text_offset"].append(self._characters - inside)
+            if spelled and spelled[0] & 0xC0 != 0x80:  # begins a character: one that was begun before is cut off
+                self._characters += len(self._decoder.decode(b"", final=True))
+            lists["text_offset"].append(self._characters)
             if token not in hidden:
-                self._characters += sum(byte & 0xC0 != 0x80 for byte in spelled)
+                self._characters += len(self._decoder.decode(spelled))
 
     def whole(self) -> JSON:
         logprobs = self.lists if self.has_logprobs else None

@@ -86,6 +86,7 @@ def _server(asking: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(theirs.fileno())],
         cwd=root, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads do not survive a fork
     )  # fmt: skip
     theirs.close()
     return ours, process

@@ -7,12 +7,12 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
+from slmkit.data import stories
 from slmkit.generation.engine import Engine, Request
 from slmkit.model.config import SLMConfig
 from slmkit.model.initialization import build_decoder
@@ -40,8 +40,7 @@ WORDS = [
 def tokenizer_512() -> SLMTokenizer:
     """A byte-level BPE of 512 tokens, with ChatML."""
     tokenizer = SLMTokenizer(512)
-    pages = (Path(__file__).parents[2] / "docs").glob("t*.md")
-    tokenizer.train([TEXT] * 3 + [page.read_text(encoding="utf-8") for page in sorted(pages)])
+    tokenizer.train([TEXT] * 3 + [story.text for story in stories.tell_many(0, 40)])
     assert len(tokenizer) == 512
     return tokenizer
 

@@ -170,7 +170,7 @@ def test_next_tokens_and_what_if(place: Place, open_page: Callable[..., Any]) ->
     whole = model.tokenizer.decode([*ids[len(model.tokenizer.beginning) : at], chosen]) + answer
     assert json.loads(asked.value.post_data)["text"] == whole
     page.locator(f"{TOKEN}.of-kind-next").click()
-    assert page.get_by_role("heading", name="What comes next").is_visible()
+    page.get_by_role("heading", name="What comes next").wait_for()
 
 
 def test_logit_lens(place: Place, open_page: Callable[..., Any]) -> None:

@@ -280,7 +280,7 @@ EVERY: dict[str, tuple[str, dict[str, Any], Any]] = {
     "train.muon_learning_rate": ("text", MUON, 0.05),
     "train.muon_momentum": ("text", MUON, 0.5),
     "train.muon_beta2": ("text", MUON, 0.5),
-    "train.lr_scheduler_type": ("text", {"train.max_steps": 4}, "linear"),
+    "train.lr_scheduler_type": ("text", {"train.max_steps": 6}, "linear"),
     "train.min_learning_rate_ratio": ("text", {}, 0.5),
     "train.warmup_steps": ("text", {}, 3),
     "train.warmup_ratio": ("text", {"train.warmup_steps": None}, 0.9),

@@ -99,7 +99,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 )
 def test_training(model: str, precision: str, optimizer: str, recompute_every: int) -> None:
     shape = SHAPE | MODELS[model]
-    settings = TrainSettings(optimizer=optimizer, gradient_checkpointing=recompute_every)
+    settings = TrainSettings(optimizer=optimizer, gradient_checkpointing=recompute_every, tokens_per_step=ROWS * LENGTH)
     device = find_device("cpu", precision)
     said = training_bytes(MemoryProfile(empty_decoder(SLMConfig(**shape))), settings, ROWS, LENGTH, device)
     # In 16 bits what libraries keep to themselves is a larger part of so small a model.
