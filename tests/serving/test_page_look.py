@@ -28,7 +28,7 @@ from tests.serving.browser import (
 )
 from tests.serving.servers import gemma, llama, running
 
-TEXT = "Once upon a time there was a fox. She waited near the river until the wind came over the hill."
+TEXT = "Once upon a time there was a fox. She waited near the river until the wind came over 12 hills, quite cold."
 ODD = "naïve 猫\a\n<b>x</b><script>alert(1)</script>\u202eevil"
 TOKEN = ".look-token[role=option]"
 
@@ -165,8 +165,10 @@ def test_next_tokens_and_what_if(place: Place, open_page: Callable[..., Any]) ->
     answer = asked.value.response().json()["choices"][0]["text"]
     assert answer
     assert page.locator(".look-story > span").last.text_content() == answer
+    before = page.locator(f"{TOKEN}.of-kind-next").element_handle()
     with page.expect_request("**/page/look") as asked:
         page.get_by_role("button", name="Look inside this text").click()
+    before.wait_for_element_state("hidden")  # the answer is shown, with tokens of its own
     whole = model.tokenizer.decode([*ids[len(model.tokenizer.beginning) : at], chosen]) + answer
     assert json.loads(asked.value.post_data)["text"] == whole
     page.locator(f"{TOKEN}.of-kind-next").click()

@@ -12,8 +12,8 @@ from slmkit.workflows.plan import propose
 
 
 def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
-    short, long = (propose(hours=hours, device_name="cpu", measure=False) for hours in (10, 200))
-    for proposal, hours in ((short, 10), (long, 200)):
+    short, long = (propose(hours=hours, device_name="cpu", measure=False) for hours in (20, 200))
+    for proposal, hours in ((short, 20), (long, 200)):
         assert proposal.estimate.seconds == pytest.approx(hours * 3600, rel=0.05)
         assert isinstance(proposal.recipe, Recipe)
     assert long.estimate.parameters > short.estimate.parameters
