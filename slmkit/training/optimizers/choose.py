@@ -73,8 +73,9 @@ def muon(model: nn.Module, settings: TrainSettings) -> Optimizers:
     hidden = {name for name, parameter in parameters.items() if name.startswith("blocks.") and parameter.dim() == 2}
     matrices = [parameter for name, parameter in parameters.items() if name in hidden]
     others = [parameter for name, parameter in parameters.items() if name not in hidden]
-    rates = {"lr": settings.muon_learning_rate, "momentum": settings.muon_momentum, "beta2": settings.muon_beta2}
-    first = Muon(matrices, **rates, weight_decay=settings.weight_decay)
+    first = Muon(
+        matrices, settings.muon_learning_rate, settings.weight_decay, settings.muon_momentum, settings.muon_beta2
+    )
     return [with_peaks(first), _adamw(others, settings)]
 
 
