@@ -143,11 +143,15 @@ def fit(
 
 
 def decide_whether_to_compile(context: RunContext, objective: Objective, memory: MemoryProfile, plan: Plan) -> None:
-    """Replace `compile: auto` on a CPU by what is measured to be faster, if the new run is long enough."""
+    """Replace `compile: auto` on a CPU by what is measured to be faster, if the new run is long enough.
+
+    Several processes would have to agree on what they measured: their runs stay plain.
+    """
     settings, model, length = context.recipe.train, context.model, context.length
-    if settings.compile != "auto" or objective is not next_token or context.device.torch_device.type != "cpu":
+    is_alone = objective is next_token and context.device.torch_device.type == "cpu" and context.group.world == 1
+    if settings.compile != "auto" or not is_alone:
         return
-    rows = settings.rows_per_step(length) / context.group.world
+    rows = settings.rows_per_step(length)
     positions = round(plan.steps * rows * length)
     if StepFlops(model, length).of_step(positions, positions) < LEAST_FLOPS:
         return
