@@ -140,7 +140,9 @@ class Suite:
         spec = {
             "peer": configuration.peer, "compile": configuration.compile, "precision": configuration.precision,
             "model": str(self.folder), "batches": str(self.folder / f"{batches}.safetensors"), "steps": steps,
-            "threads": self.threads, "micro_batch": self.work.rows, "device": "cpu", "optimizer": OPTIMIZER,
+            "threads": self.threads, "device": "cpu", "optimizer": OPTIMIZER,
+            # Peers take all rows at once unless they are told otherwise; slmkit chooses by itself.
+            "micro_batch": None if configuration.peer == "slmkit" else self.work.rows,
             "max_grad_norm": 1.0, "profile": profile,
         }  # fmt: skip
         path = self.folder / "spec.json"

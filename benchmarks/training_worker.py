@@ -115,21 +115,24 @@ def by_slmkit(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[
     from slmkit.data.batch import Batch
     from slmkit.device import find_device
     from slmkit.model.files.directory import load_decoder
+    from slmkit.training.estimate.micro_batch import with_usual_micro_batch
     from slmkit.training.fit import fresh_state
     from slmkit.training.loop import Plan, train_step
     from slmkit.training.objective import next_token
     from slmkit.training.recipe.recipe import Recipe, TrainSettings
 
     device, length, rates = find_device(spec["device"], spec["precision"]), batches.size(2) - 1, spec["optimizer"]
-    tokens = batches.size(1) * length
+    tokens, at_once = batches.size(1) * length, spec["micro_batch"]  # None: as many rows as slmkit takes by itself
     settings = TrainSettings(
-        sequence_length=length, tokens_per_step=tokens, micro_batch_tokens=spec["micro_batch"] * length,
+        sequence_length=length, tokens_per_step=tokens, micro_batch_tokens=at_once and at_once * length,
         compile=spec["compile"], precision=spec["precision"], learning_rate=rates["lr"], adam_epsilon=rates["eps"],
         adam_beta1=rates["betas"][0], adam_beta2=rates["betas"][1], weight_decay=rates["weight_decay"],
     )  # fmt: skip
-    state = fresh_state(Recipe(train=settings), load_decoder(spec["model"])[0], device)
+    decoder = load_decoder(spec["model"])[0]
+    settings = with_usual_micro_batch(settings, decoder.architecture.width, device)
+    state = fresh_state(Recipe(train=settings), decoder, device)
     state.model.train()
-    plan = Plan(len(batches), spec["micro_batch"], spec["max_grad_norm"], lambda step: 1.0, device)
+    plan = Plan(len(batches), settings.rows_per_micro_batch(length), spec["max_grad_norm"], lambda step: 1.0, device)
     losses, seconds = list[float](), list[float]()
     for ids in batches:
         began = time.perf_counter()
