@@ -82,7 +82,7 @@ PEERS: dict[str, Callable[[Path, int], tuple[nn.Module, Loss]]] = {
 def by_loop(spec: dict[str, Any], batches: Tensor) -> tuple[list[float], list[float]]:
     """Losses and seconds of every step of a peer.  batches [steps, rows, length + 1]
 
-    With `spec["limit"]` it stops after the step in which it has run for so many seconds since the first one.
+    With `spec["limit"]` it stops once the steps after the first have taken that many seconds.
     """
     from benchmarks.plain_loop import adamw
 

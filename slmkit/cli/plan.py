@@ -33,7 +33,7 @@ def plan(
         str | None, typer.Option("--output", "-o", help="Write the proposed recipe to this file.")
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=2, help="Plan a recipe for so many GPUs with FSDP, by calculation.")
+        int | None, typer.Option(min=2, help="Calculate a step of a recipe on this number of GPUs, with FSDP.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="With --gpus: a100, h100 or h200.")] = "h100",
 ) -> None:

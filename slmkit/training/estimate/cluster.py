@@ -50,8 +50,8 @@ EFFICIENCY = 0.45  # share of `peak` in a step's products: 42 to 50 % are publis
 # Ring collectives as NCCL itself foretells them (its tuning.cc), with its protocols Simple and LL128, of which it takes
 # the faster: seconds of a start, of a hop over NVLink and over the network, and the share of the bandwidth.
 PROTOCOLS = ((8.4e-6, 3.4e-6, 14e-6, 1.0), (14e-6, 1.9e-6, 4e-6, 0.92))
-# Numbers that all ranks agree on in each step (weights of the loss, its sum, whether to stop) travel around a ring of
-# TCP connections: so many times, and seconds of a hop.
+# All ranks agree on numbers in each step (weights of the loss, its sum, whether to stop) by a ring of TCP connections:
+# the rounds of a step, and the seconds of a hop.
 AGREEMENTS, TCP_HOP = 3, 30e-6
 RESERVED = 3e9  # bytes for CUDA, NCCL's buffers, and the chunk of logits, which is larger than a CPU's
 UPDATE_BYTES = 28  # that AdamW reads and writes for each number of its share: float32 weight, gradient and two moments
