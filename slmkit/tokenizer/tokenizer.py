@@ -293,7 +293,7 @@ class SLMTokenizer(CallableTokenizer):
         return [self._joined(row, marker) for row in rows]
 
     def chat_prompt_text(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> str:
-        """The prompt of `encode_chat_prompt` as text, in which a special token and a message that spells it look alike."""
+        """`encode_chat_prompt` as text: a special token and a message that spells it look alike there."""
         return chat_prompt.prompt_of(self._template(), messages, tools, self._names, **how)
 
     def encode_chat_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **how: Any) -> list[int]:
