@@ -1,8 +1,8 @@
 """A student with a teacher against the same student without: loss at the same steps, and what a step costs.
 
-python benchmarks/distillation.py                                # the built-in stories
-python benchmarks/distillation.py --text wikitext-2=FILE         # a text of your own besides
-python benchmarks/distillation.py --smoke                        # everything once, in a minute; nothing is written
+python -m benchmarks.distillation                                # the built-in stories
+python -m benchmarks.distillation --text wikitext-2=FILE         # a text of your own besides
+python -m benchmarks.distillation --smoke                        # everything once, in a minute; nothing is written
 
 Loss: a teacher is trained on a text, longer than the student and wider. Students of three seeds learn the same batches,
 once from the labels alone and once from teacher and labels; the validation loss is the labels' cross-entropy for both.
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.runs import First, Quiet
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
 from slmkit.data.rows.datasets import TextDataset
 from slmkit.data.rows.teacher_cache import (
@@ -85,23 +86,6 @@ class Size:
 
 
 SMOKE = Size(documents=100, teacher_steps=6, student_steps=3, seeds=1, cost_steps=2)
-
-
-class Quiet:
-    def say(self, line: object) -> None: ...
-
-    def counter(self, label: str, total: int | None = None):
-        return lambda *counts: None
-
-
-class First(Rows):
-    """The first rows of others."""
-
-    rows_in_epoch = 0
-
-    def __init__(self, rows: DocumentRows, count: int) -> None:
-        self.rows_in_epoch = min(count, rows.rows_in_epoch)
-        self.row, self.documents = rows.row, rows.documents
 
 
 # -- loss at the same steps -------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.decode import by_slmkit, by_transformers, in_turn, prompts, scaled_decoder
 from benchmarks.figures import spread
+from benchmarks.runs import Quiet
 from benchmarks.training import OPTIMIZER
 from benchmarks.training_worker import by_loop
 from slmkit.config import UserError
@@ -61,13 +62,6 @@ SMOKE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 SMOKE_OF = {"gemma-3-270m": {"head_dim": 16, "num_key_value_heads": 1}, "smallm-60m": {}}
 SMOKE_REST = {"num_key_value_heads": 1, "intermediate_size": 64}
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-
-
-class Quiet:
-    def say(self, line: object) -> None: ...
-
-    def counter(self, label: str, total: int | None = None):
-        return lambda *counts: None
 
 
 class Spread(PretrainRows):

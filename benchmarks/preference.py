@@ -1,9 +1,9 @@
 """DPO and GRPO from small models that talk: how many held-out questions they answer rightly before and after.
 
-python benchmarks/preference.py                             # sums, three seeds
-python benchmarks/preference.py --chat runs/quickstart/chat # and stories, from what `slm quickstart` made
-python benchmarks/preference.py --smoke                     # everything once, at a size that teaches nothing
-python benchmarks/preference.py --draw docs/preference.png  # only the plot, of what was measured
+python -m benchmarks.preference                             # sums, three seeds
+python -m benchmarks.preference --chat runs/quickstart/chat # and stories, from what `slm quickstart` made
+python -m benchmarks.preference --smoke                     # everything once, at a size that teaches nothing
+python -m benchmarks.preference --draw docs/preference.png  # only the plot, of what was measured
 
 Of sums one model is fine-tuned from nothing, until it answers some of them; every seed then goes on from that model,
 or from the one given, by pairs (a right answer and a wrong one that is near it: `dpo`, and `rpo`, which learns the
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.runs import Quiet
 from slmkit.data.sources import BUILT_IN
 from slmkit.find import find_model_directory
 from slmkit.model.files.directory import load_decoder
@@ -57,15 +58,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "grpo": {"steps": 150, "documents": 8_000, "learning_rate": 1.5e-4, "prompts": 32},
     },
 }  # fmt: skip
-
-
-class Quiet:
-    def say(self, line: object) -> None: ...
-
-    warn = say
-
-    def counter(self, label: str, total: int | None = None):
-        return lambda *counts: None
 
 
 def run(part: str, stage: str, seed: int, root: Path, base: str | None, smoke: bool) -> RunDirectory:

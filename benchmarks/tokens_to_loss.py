@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.runs import First, Quiet
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
-from slmkit.data.stream import DocumentRows, PretrainRows, Rows, Stream
+from slmkit.data.stream import DocumentRows, PretrainRows, Stream
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
 from slmkit.model.config import SLMConfig
@@ -74,23 +75,6 @@ COLORS = {
 }  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "tokens_to_loss.json"
 Curve = list[tuple[int, float, float]]  # tokens, validation loss, that of the averaged weights
-
-
-class Quiet:
-    def say(self, line: object) -> None: ...
-
-    def counter(self, label: str, total: int | None = None):
-        return lambda *counts: None
-
-
-class First(Rows):
-    """The first rows of others."""
-
-    rows_in_epoch = 0
-
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.rows_in_epoch = min(count, rows.rows_in_epoch)
-        self.row, self.documents = rows.row, rows.documents
 
 
 def one_run(corpus: Corpus, size: str, steps: int, seed: int, changes: Changes) -> Curve:

@@ -7,10 +7,12 @@ import math
 
 import pytest
 
+from slmkit.config import UserError
 from slmkit.training.recipe.recipe import TrainSettings
 from slmkit.training.schedules import make_schedule
 
-KINDS = ("cosine", "linear", "warmup_stable_decay")
+TO_THE_FLOOR = ("cosine", "linear", "warmup_stable_decay")
+KINDS = (*TO_THE_FLOOR, "inverse_sqrt")
 STEPS, WARMUP, FLOOR = 101, 10, 0.1
 
 
@@ -28,7 +30,7 @@ def test_it_rises_linearly_to_the_peak_and_never_rises_again(kind: str, warmup_s
     assert all(later <= earlier for earlier, later in itertools.pairwise(found[warmup_steps:]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TO_THE_FLOOR)
 def test_it_lands_on_the_floor(kind: str) -> None:
     assert rates(kind)[-1] == pytest.approx(FLOOR)
 
@@ -36,6 +38,7 @@ def test_it_lands_on_the_floor(kind: str) -> None:
 CLOSED_FORMS = {
     "cosine": lambda t: FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * (t - 10) / 90)) / 2,
     "linear": lambda t: 1 - 0.9 * (t - 10) / 90,
+    "inverse_sqrt": lambda t: math.sqrt(10 / t),
     "warmup_stable_decay": lambda t: 1 if t <= 80 else 1 - 0.9 * (t - 80) / 20,
 }
 
@@ -56,7 +59,13 @@ def test_past_its_end_it_stays_at_the_floor_or_above(kind: str) -> None:
     assert 0 < make_schedule(kind, 20, 2, 0.1)(500) <= 0.2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_the_inverse_square_root_stops_at_its_floor() -> None:
+    assert rates("inverse_sqrt", floor=0.5)[41:] == [0.5] * 60
+    with pytest.raises(UserError, match="inverse_sqrt has no last step"):
+        TrainSettings(lr_scheduler_type="inverse_sqrt", min_learning_rate_ratio=1.5)
+
+
+@pytest.mark.parametrize("kind", TO_THE_FLOOR)
 def test_a_floor_above_the_peak_is_risen_to(kind: str) -> None:
     found = rates(kind, floor=5.0)
     assert found[-1] == pytest.approx(5.0)

@@ -101,7 +101,7 @@ class TrainSettings(Settings):
     muon_momentum: float = Field(0.95, ge=0, lt=1)  # momentum of Muon
     muon_beta2: float | None = Field(None, ge=0, lt=1)  # beta 2 of NorMuon's row variances, such as 0.95; None: Muon
     # how the learning rate falls
-    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     min_learning_rate_ratio: float = Field(0.1, ge=0)  # the last rate, as a share of the peak; above 1 it rises to that
     warmup_steps: int | None = Field(None, ge=0)  # steps in which the learning rate rises
     # warm-up as a share of all steps; None: 0.05 unless warmup_steps is given
@@ -155,6 +155,8 @@ class TrainSettings(Settings):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} both say {what}: keep one (`{given[0]}: null` drops it)")
+        if self.min_learning_rate_ratio > 1 and self.lr_scheduler_type == "inverse_sqrt":
+            raise ValueError("min_learning_rate_ratio above 1: inverse_sqrt has no last step at which to reach it")
         for name, value in (("optimizer", self.optimizer), ("precision", self.precision)):
             if self.parallel == "fsdp" and value in ("adamw_8bit", "bfloat16-pure", "bfloat16-master"):
                 raise ValueError(
