@@ -82,19 +82,23 @@ class TerminalReporter:
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, elsewhere a plain line every few seconds.
 
-    Gives a function of figures and of the share done (None if it is not known), for the time left; with the bytes done
-    as `done_bytes` it also shows their rate.
+    Gives a function of figures and of the share done (None if it is not known), for the time left, which is measured
+    from the first share of each piece of work on; with the bytes done as `done_bytes` it also shows their rate.
     """
-    began = shown = time.monotonic()
+    began = shown = of_first = time.monotonic()
+    first = last = 0.0
     with bar_or_lines(label, Console(stderr=True)) as show_line:
 
         def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
-            nonlocal shown
+            nonlocal shown, of_first, first, last
             now = time.monotonic()
             if done_bytes is not None:
                 figures += f", {done_bytes / max(now - began, 1e-3) / 1e6:.1f} MB/s"
-            if share:
-                figures += f", {clock((now - began) * (1 - share) / share)} left"
+            if not share or not last or share < last:
+                of_first, first = now, share or 0.0
+            elif share > first:
+                figures += f", {clock((now - of_first) * (1 - share) / (share - first))} left"
+            last = share or 0.0
             is_due = now - shown >= SECONDS_BETWEEN_LINES
             shown = now if is_due else shown
             show_line(figures, share, is_due)

@@ -12,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -41,8 +41,8 @@ class EngineLM(TemplateLM):
     """A decoder as lm-eval's `LM`.
 
     `max_rows`: texts that run at the same time. `max_new_tokens`: instead of what tasks ask for. `progress` gets the
-    requests answered and their number. `model_calls` counts what the engine was asked, `cut` the contexts that were cut
-    on the left because they are longer than the model's, `refused` the continuations that are longer than that.
+    requests answered and their number. `model_calls` counts what the model was asked. The engine is made when a text is
+    to be generated: it compiles kernels, which log-probabilities do not need.
     """
 
     def __init__(
@@ -55,12 +55,15 @@ class EngineLM(TemplateLM):
         progress: Callable[[int, int], None] = lambda done, requests: None,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.max_new_tokens, self.progress = tokenizer, max_new_tokens, progress
-        memory = max(MEMORY, 2 * decoder.cache_bytes(1, decoder.max_positions, AT_ONCE))
-        self.engine = Engine(decoder, tokenizer, max_rows=max_rows, memory=memory)
-        self.context = self.engine.context
-        self.model_calls = self.cut = self.refused = 0
+        self.decoder, self.tokenizer, self.max_rows = decoder, tokenizer, max_rows
+        self.max_new_tokens, self.progress = max_new_tokens, progress
+        self.context, self.model_calls = decoder.max_positions, 0
         self._encoded = lru_cache(maxsize=4096)(self._encode)  # choices of one question share their context
+
+    @cached_property
+    def engine(self) -> Engine:
+        memory = max(MEMORY, 2 * self.decoder.cache_bytes(1, self.context, AT_ONCE))
+        return Engine(self.decoder, self.tokenizer, max_rows=self.max_rows, memory=memory)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -122,16 +125,15 @@ class EngineLM(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
         places: dict[Ids, dict[Ids, list[int]]] = defaultdict(lambda: defaultdict(list))
         for place, (_, context, continuation) in enumerate(requests):
+            context = context or [self.prefix_token_id]  # a context of white space, all of it in the continuation
             ids, new = (*context, *continuation)[-self.context - 1 :], len(continuation)
-            self.cut += new <= self.context < len(context) + new - 1
             if new > self.context:
-                self.refused += 1
                 found[place] = -math.inf, False
             elif new:
                 places[ids[:-new]][ids[-new:]].append(place)
         trees, done = [Tree(context, tuple(branches)) for context, branches in places.items()], 0
         self.model_calls += sum(len(tree.branches) for tree in trees)
-        for number, scores in score(self.engine.decoder, trees):
+        for number, scores in score(self.decoder, trees):
             tree = trees[number]
             for branch, answer in zip(tree.branches, scores):
                 for place in places[tree.context][branch]:
@@ -181,7 +183,6 @@ class EngineLM(TemplateLM):
             )
         is_begun = has_bos_prefix(context, self.tokenizer.bos_token)
         ids = self._encoded(context, not is_begun) or [self.prefix_token_id]
-        self.cut += count * (len(ids) > self.context - most)
         seed = int.from_bytes(blake2b(content.encode(), digest_size=7).digest())
         chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
         settings = SamplingSettings(seed=seed, do_sample=options["do_sample"], **chosen)

@@ -39,19 +39,18 @@ def story_report(
     decoder: LanguageModel,
     tokenizer: SLMTokenizer,
     *,
+    chat: bool,
     count: int = COUNT,
     seed: int = 0,
-    chat: bool | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> list[TaskResult]:
     """Results `stories/…` about the first `count` held-out stories of the stream `seed`.
 
-    `chat`: questions and wishes for a story are conversations, else text that goes on, as in the primer; by default
-    as the tokenizer has a chat template. Raises `UserError` for logits that are not finite.
+    `chat`: questions and wishes for a story are conversations, else text that goes on, as in the primer. Raises
+    `UserError` for logits that are not finite.
     """
     held_out = [*tell_many(seed, count, "heldout")]
     scenes = [held_out_scene(index)[0] for index in range(count)]
-    chat = tokenizer.chat_template is not None if chat is None else chat
     asked = _Asked(decoder, tokenizer, seed, chat, progress)
     return [
         asked.questions("questions", [(story.text, story.questions) for story in held_out]),

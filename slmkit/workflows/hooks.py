@@ -61,8 +61,8 @@ class RunTasks:
 
     def __init__(self, context: RecipeContext) -> None:
         """Raises `UserError` on rank 0 for a task that is not known, or whose data or package is missing."""
-        self.context, self.settings = context, context.recipe.train
-        self.tasks: Any = tasks_of(self.settings, context.recipe.reads != "text") if context.group.is_main else {}
+        self.context, self.settings, self.chat = context, context.recipe.train, context.recipe.reads != "text"
+        self.tasks: Any = tasks_of(self.settings, self.chat) if context.group.is_main else {}
 
     def try_out(self) -> dict[str, bool]:
         """Ask the first document of every task. Returns the metrics, and whether more of each is better.
@@ -103,7 +103,7 @@ class RunTasks:
         if STORIES in self.settings.eval_tasks:
             from slmkit.evaluation.stories import COUNT, story_report
 
-            results += story_report(model, tokenizer, count=limit or COUNT)
+            results += story_report(model, tokenizer, chat=self.chat, count=limit or COUNT)
         return results
 
     def _engine(self, model: Decoder) -> Any:

@@ -32,6 +32,19 @@ def test_without_a_total_few_documents_are_no_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "tokenizing: 20,000 documents, 6 tokens\n"
 
 
+def test_the_time_left_is_that_of_the_piece_of_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model was loaded for 100 s, and another task took 400 s: neither says how fast this one is."""
+    now = iter((0.0, 10.0, 100.0, 120.0, 500.0, 530.0, 560.0))
+    monkeypatch.setattr(show.time, "monotonic", lambda: next(now))
+    with show.progress_bar("model") as told:
+        for figures, share in (("reads", None), ("a", 0.1), ("a", 0.2), ("b", 0.1), ("b", 0.4), ("b", 0.7)):
+            told(figures, share)
+    lines = ["reads", "a", "a, 2:40 left", "b", "b, 1:00 left", "b, 0:30 left"]
+    assert capsys.readouterr().err.splitlines() == [f"model: {line}" for line in lines]
+
+
 # -- a model's text ---------------------------------------------------------------------------------------------------
 
 WORDS = ("fox", "kite", "hill", "owl", "drum", "hen", "hat", "river", "stone", "lamp")

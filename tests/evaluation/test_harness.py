@@ -65,7 +65,7 @@ def by_hand(decoder: Decoder, context: list[int], continuation: list[int], longe
 
 def test_five_hundred_scores_are_those_of_a_loop_without_batches_or_cache() -> None:
     """V5, exactly, in double precision, with contexts that are shared, cut, empty and contain each other."""
-    pick, asked, expected, cut = random.Random(5), 0, [], 0
+    pick, asked, expected, cut = random.Random(5), 0, list[tuple[float, bool]](), 0
     for longest in (3, 4, 8, 16, 64):
         decoder, _ = small(40, longest)
         decoder.double()
@@ -90,7 +90,7 @@ def test_five_hundred_scores_are_those_of_a_loop_without_batches_or_cache() -> N
             expected.append(by_hand(decoder, context, continuation, longest))
             assert sum_ == pytest.approx(expected[-1][0], abs=1e-9)
             assert greedy is expected[-1][1]
-        cut += lm.cut
+        cut += sum(len(context) + len(continuation) - 1 > longest for context, continuation in pairs)
         asked += len(pairs)
     assert asked == 500
     assert cut > 50
@@ -105,8 +105,7 @@ def test_the_last_token_of_a_full_context_is_scored_and_what_is_longer_is_refuse
         [(None, [a, b, c], [d, e]), (None, [b, c], [d, e]), (None, [a], [b, c, d, e])]
     )
     assert cut == pytest.approx(whole, abs=1e-6)
-    assert lm.cut == 1
-    assert (refused, greedy, lm.refused) == (-math.inf, False, 1)
+    assert (refused, greedy) == (-math.inf, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -180,6 +179,12 @@ def test_the_space_at_the_join_belongs_to_the_continuation(both: Both) -> None:
         both, [*pairs, (bos, "yes"), (bos + "the cat", " sat"), ("", " the"), ("a", "b" * 100), ("x" * 300, " y")]
     )
     assert both.ours.prefix_token_id == both.theirs.prefix_token_id
+    # A context of white space alone, all of which belongs to the continuation: the backend has nothing to read first.
+    for space in (" ", "\n\n", "\u3000"):
+        white, none = both.ours.loglikelihood(instances("loglikelihood", [(space, "yes"), ("", f"{space}yes")]))
+        if both.tokenizer.beginning:
+            expect_same(both, [(space, "yes")])
+        assert white == none
 
 
 def real_pairs(task: str, count: int) -> list[tuple[str, str]]:
@@ -270,8 +275,8 @@ def test_as_many_new_tokens_as_the_context_are_refused_and_long_prompts_are_cut(
     with pytest.raises(UserError, match="32 new tokens leave no room for a prompt in the context of 32"):
         lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 32})]))
     asked = instances("generate_until", [("a" * 40 + "bc", {"max_gen_toks": 20}), ("bc", {"max_gen_toks": 20})])
-    second = lm.generate_until(asked)[1]
-    assert lm.cut == 1
+    first, second = lm.generate_until(asked)
+    assert first == lm.generate_until(instances("generate_until", [("a" * 10 + "bc", {"max_gen_toks": 20})]))[0]
     few = EngineLM(lm.engine.decoder, SLMTokenizer(260), max_new_tokens=3).generate_until(asked)
     assert few[1] == second[: len(few[1])]
     assert len(few[1]) <= 3

@@ -11,9 +11,12 @@ import pytest
 
 import slmkit.training.logging.logger
 from slmkit.config import UserError, load_settings
+from slmkit.evaluation import stories
+from slmkit.evaluation.results import TaskResult
 from slmkit.training.checkpoints.checkpoint import STATE
 from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.recipe.recipe import Recipe
+from slmkit.workflows.evaluation.evaluate import uses_chat
 from slmkit.workflows.train import resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.every_key import changed, make_world, scenario, train_until
@@ -215,7 +218,15 @@ def test_ranks_evaluate_what_one_process_does(world: Path, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "two")
 
 
-def test_the_story_world_is_a_task_without_files(world: Path, tmp_path: Path) -> None:
+def test_the_story_world_is_a_task_without_files(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that learns text is asked as text, as `slm eval` asks it, whatever template its tokenizer has."""
+    found, report = list[TaskResult](), stories.story_report
+
+    def recorded(*arguments: Any, **keywords: Any) -> list[TaskResult]:
+        found.extend(results := report(*arguments, **keywords))
+        return results
+
+    monkeypatch.setattr(stories, "story_report", recorded)
     keys = {
         "train.eval_tasks": ["stories"], "train.eval_task_data": None, "train.eval_limit": 2, "train.max_steps": 1,
         "train.metric_for_best_model": "eval/stories/loss/bits_per_byte",
@@ -225,3 +236,5 @@ def test_the_story_world_is_a_task_without_files(world: Path, tmp_path: Path) ->
     assert line["eval/stories/loss/bits_per_byte"] > 0
     assert state_of(tmp_path / "run")["best"]["eval/stories/loss/bits_per_byte"] > 0
     assert not [key for key in line if "fault" in key or "generator" in key]
+    assert {result.recipe["form"] for result in found} == {"text"}
+    assert not uses_chat(tmp_path / "run", "auto")
