@@ -102,11 +102,7 @@ def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
 
 
 @with_evaluation
-def eval_(
-    models: Models,
-    output: Output = None,
-    **options: Any,
-) -> None:
+def eval_(models: Models, output: Output = None, **options: Any) -> None:
     """Measure models on texts and tasks.
 
     On a text: loss, perplexity and bits per byte, with a sliding window. Bits per byte can be compared between models
@@ -270,8 +266,7 @@ def report(
 
     root = find_run(run)
     path = root / "report.html" if output is None else Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: expected the name of a file in a folder that exists")
+    expect_new_file("--output", str(path))
     from slmkit.workflows.evaluation.report import write_report  # imports torch: after the arguments were checked
 
     print(write_report(root, path, results or ()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import datasets
 import huggingface_hub.constants
 import lm_eval.api.task
 import lm_eval.utils
+from jinja2 import TemplateError
 from lm_eval.api.registry import get_metric, get_metric_aggregation, is_higher_better
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
@@ -26,7 +28,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
-from slmkit.config import UserError
+from slmkit.config import UserError, one_line
 from slmkit.evaluation.task_files import MissingFileError
 
 # lm-eval compiles its templates for every document and shot: 3/4 of the time in which prompts are made.
@@ -84,21 +86,37 @@ class FittedTask(ConfigurableTask):
             )
         if shots and self.about["shots from"] == "rows that are not evaluated":
             self.sampler.replace_df(list(self.eval_docs)[limit or documents :])
-        # lm-eval draws one more where the document itself may be among them.
-        needed = shots + (type(self.sampler) is ContextSampler and self.fewshot_cfg.split == self.config.test_split)
-        if shots and len(self.sampler.df) < needed:
+        asked = [doc for _, doc in super().doc_iterator(limit=limit)]
+        self._expect_answers(asked)
+        # Where the document itself may be among them, lm-eval draws one more and leaves out all its copies.
+        is_among = type(self.sampler) is ContextSampler and self.fewshot_cfg.split == self.config.test_split
+        examples = Counter(map(repr, self.sampler.df)) if shots else Counter[str]()
+        copies = max((examples[repr(doc)] for doc in asked), default=0) if is_among else 0
+        if shots and examples.total() - max(copies, is_among) < shots:
+            there = f"there are {examples.total()} ({self.about['shots from']}"
+            there += f", {copies} of them the same as a document that is asked" * (copies > 1)
             raise UserError(
-                f"{self.task_name}: {shots} shots need {needed} examples, and there are {len(self.sampler.df)} "
-                f"({self.about['shots from']}): add a train file, evaluate fewer rows with --limit, or give --shots 0"
+                f"{self.task_name}: {shots} shots need {shots + is_among} examples, and {there}): add a train file, "
+                "evaluate fewer rows with --limit, or give --shots 0"
             )
         if self.OUTPUT_TYPE == "generate_until":
-            asked = self._prompt_options()
-            self.no_room = {
-                number
-                for number, doc in super().doc_iterator(limit=limit)
-                if not self._fits(doc, ConfigurableTask.fewshot_context(self, doc, 0, **asked(doc)), **asked(doc))
-            }
+            how, prompt = self._prompt_options(), super().fewshot_context
+            fits = (self._fits(doc, prompt(doc, 0, **how(doc)), **how(doc)) for doc in asked)
+            self.no_room = {number for number, it_fits in enumerate(fits) if not it_fits}
         self.set_fewshot_seed(seed)
+
+    def _expect_answers(self, docs: Sequence[Any]) -> None:
+        """Raise `UserError` for the first document of a local file without a question, or without a right choice."""
+        for number, doc in enumerate(docs if "hub" not in self.data else ()):
+            try:
+                question, right = self.doc_to_text(doc), self.doc_to_target(doc)
+                if self.OUTPUT_TYPE == "multiple_choice":
+                    right, choices = question if self.multiple_input else right, self.doc_to_choice(doc)
+                    if not {*(right if isinstance(right, list) else [right])} <= {*choices, *range(len(choices))}:
+                        raise ValueError(f"its right answer {right!r} is not among {len(choices)} choices")
+            except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
+                where = f"document {number} of {self.data['name']}"
+                raise UserError(f"{self.task_name}: {where} is not as expected: {one_line(error)}") from None
 
     def _prompt_options(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         template = self.lm.apply_chat_template if self.chat else None

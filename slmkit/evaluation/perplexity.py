@@ -8,7 +8,6 @@ never means of windows' means. A stride of W gives the windows of lm-eval's `log
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import re
@@ -21,7 +20,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from slmkit.config import UserError
-from slmkit.device import Device
 from slmkit.evaluation.results import Item, TaskResult
 from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import FAULTS
@@ -40,7 +38,7 @@ Progress = Callable[[int, int], None]  # windows done, and all of them
 def text_result(
     decoder: LanguageModel, tokenizer: SLMTokenizer, documents: Sequence[str], *, name: str = "text",
     originals: Sequence[str] | None = None, left_out: Sequence[float] | None = None, window: int | None = None,
-    stride: int | None = None, joined: bool = False, start: Sequence[int] | None = None, device: Device | None = None,
+    stride: int | None = None, joined: bool = False, start: Sequence[int] | None = None,
     progress: Progress = lambda done, windows: None,
 ) -> TaskResult:  # fmt: skip
     """Loss (nats per token), perplexity and bits per byte of `documents`, which are the items; of a single one its
@@ -52,8 +50,7 @@ def text_result(
     words then give `word_perplexity` as well. `left_out`: bytes that each document has in its file besides.
 
     `window`: tokens read at once, by default the model's context, at most `LONGEST_WINDOW`. `stride`: by default half
-    of the window, so that a token is predicted with half a window of context or more, and read twice. `device` gives
-    the precision; by default that of the weights.
+    of the window, so that a token is predicted with half a window of context or more, and read twice.
 
     Raises `UserError` for a window beyond the context, a stride beyond the window, a text without tokens, and as
     `token_losses` does.
@@ -64,14 +61,14 @@ def text_result(
     tokenizer.check_losses()
     rows = [torch.tensor([*before, *ids], dtype=torch.long) for ids in encoded]  # [tokens] of each document
     joined = joined and len(rows) > 1
-    losses = token_losses(decoder, [torch.cat(rows)] if joined else rows, window, stride, device, progress)
+    losses = token_losses(decoder, [torch.cat(rows)] if joined else rows, window, stride, progress)
     if joined:
         losses = [*losses[0].split([len(row) for row in rows])]
     # Nothing predicts the first token of a stream.
     scored = [nats[len(before) or int(n == 0 or not joined) :] for n, nats in enumerate(losses)]
     recipe = {
         "documents": "joined" if joined else "each apart", "before_a_document": tokenizer.decode(before),
-        **_stated(window, stride, decoder, device),
+        **_stated(window, stride, decoder),
     }  # fmt: skip
     texts, sizes = originals or documents, [*(left_out or [0] * len(documents))]
     if len(texts) == 1 and not originals and len(blocks := blocks_of(texts[0])) > 1:
@@ -99,7 +96,7 @@ def _by_block(tokenizer: SLMTokenizer, ids: np.ndarray, nats: Tensor, blocks: Se
 
 def chat_result(
     decoder: LanguageModel, tokenizer: SLMTokenizer, conversations: Sequence[ChatRow], *, name: str = "conversations",
-    window: int | None = None, stride: int | None = None, device: Device | None = None,
+    window: int | None = None, stride: int | None = None,
     progress: Progress = lambda done, windows: None,
 ) -> TaskResult:  # fmt: skip
     """`text_result` of the learned tokens of conversations, each read apart: the assistant's turns with their ends.
@@ -108,18 +105,18 @@ def chat_result(
     """
     window, stride = window_and_stride(decoder.max_positions, window, stride)
     rows = [torch.tensor(row.ids.astype("int64")) for row in conversations]  # [tokens] each
-    losses = token_losses(decoder, rows, window, stride, device, progress)
+    losses = token_losses(decoder, rows, window, stride, progress)
     learned = [torch.tensor(row.trained)[1:] for row in conversations]  # nothing predicts the first token
     answers = [tokenizer.decode(row[1:][its], skip_special_tokens=True) for row, its in zip(rows, learned)]
     scored = [nats[1:][its] for nats, its in zip(losses, learned)]
-    recipe = {"conversations": "each apart", "predicted": "answers", **_stated(window, stride, decoder, device)}
+    recipe = {"conversations": "each apart", "predicted": "answers", **_stated(window, stride, decoder)}
     return _result(name, recipe, answers, scored, False, [0] * len(answers))
 
 
-def _stated(window: int, stride: int, decoder: LanguageModel, device: Device | None) -> dict[str, Any]:
+def _stated(window: int, stride: int, decoder: LanguageModel) -> dict[str, Any]:
     context = f"{window - stride + 1} to {window} tokens, fewer at the beginning"
-    dtype = device.compute_dtype if device else next(decoder.parameters()).dtype
-    return {"window": window, "stride": stride, "context": context, "precision": str(dtype).removeprefix("torch.")}
+    precision = str(next(decoder.parameters()).dtype).removeprefix("torch.")
+    return {"window": window, "stride": stride, "context": context, "precision": precision}
 
 
 def _result(
@@ -180,7 +177,7 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 
 def token_losses(
-    decoder: LanguageModel, streams: Sequence[Tensor], window: int, stride: int, device: Device | None = None,
+    decoder: LanguageModel, streams: Sequence[Tensor], window: int, stride: int,
     progress: Progress = lambda done, windows: None,
 ) -> list[Tensor]:  # fmt: skip
     """Loss of every token in nats, float64 [tokens] for each of the `streams`, ids [tokens]; 0 for the first token.
@@ -200,7 +197,7 @@ def token_losses(
         # Padding stands at the end, where causal attention lets nothing see it.
         ids = pad_sequence([streams[index][begin:end] for index, begin, _, end in batch], batch_first=True)
         wanted = torch.cat([streams[index][first : end + 1] for index, _, first, end in batch]).to(decoder.device)
-        with evaluating(decoder), device.autocast() if device else contextlib.nullcontext():
+        with evaluating(decoder):
             states = decoder(ids.to(decoder.device))  # [windows, tokens, width]
             hidden = torch.cat([x[first - 1 - begin : end - begin] for x, (_, begin, first, end) in zip(states, batch)])
             parts = zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE))

@@ -112,11 +112,14 @@ def task_manager(*folders: str) -> Any:
 
 @cache
 def names_of_lm_eval() -> dict[str, tuple[str, ...]]:
-    """Every name of lm-eval, and the folder that defines it; none for a group or tag, whose tasks may be anywhere."""
+    """Every name of lm-eval, and the folder that defines it; none for a group or tag, whose tasks may be anywhere.
+
+    Files without an ending are included by others, and may define their tags.
+    """
     import lm_eval.tasks
 
     root, names = Path(lm_eval.tasks.__file__).parent, dict[str, tuple[str, ...]]()
-    for path in sorted(root.rglob("*yaml")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in ("", ".yaml") and path.is_file()):
         text = path.read_text("utf-8")
         for key, inline, several in NAMED.findall(text):
             for name in re.findall(r"(?<!#)[^#\s'\"\[\],]+", inline or several.replace("- ", "")):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from slmkit.config import UserError
-from slmkit.device import find_device
 from slmkit.evaluation import perplexity
 from slmkit.evaluation.perplexity import blocks_of, start_tokens, text_result, token_losses, windows
 from slmkit.evaluation.results import TaskResult
@@ -211,8 +210,8 @@ def test_an_ensemble_is_a_model_too() -> None:
 
 
 def test_defaults_are_the_context_and_half_of_it_and_the_precision_is_said() -> None:
-    model = uniform(V, context=40)
-    result = text_result(model, TOKENIZER, ["a fox"], device=find_device("cpu", "bfloat16"))
+    model = uniform(V, context=40).bfloat16()
+    result = text_result(model, TOKENIZER, ["a fox"])
     assert (result.recipe["window"], result.recipe["stride"]) == (40, 20)
     assert result.recipe["context"] == "21 to 40 tokens, fewer at the beginning"
     assert result.recipe["precision"] == "bfloat16"

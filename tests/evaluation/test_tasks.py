@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from slmkit.config import UserError
 from slmkit.evaluation.results import TaskResult
-from slmkit.evaluation.tasks import core_tasks, load_tasks, run_tasks, task_table
+from slmkit.evaluation.tasks import core_tasks, load_tasks, names_of_lm_eval, run_tasks, task_table
 from tests.evaluation.task_helpers import KnownLM, Row, write
 from tests.real_data import real_data
 
@@ -258,6 +258,13 @@ def test_wrong_names_and_missing_files_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             load_tasks(names, data=data)
         assert "\n" not in str(error.value)
+
+
+def test_names_are_known_that_only_an_included_file_gives() -> None:
+    """Tags of a file without an ending; a task has the one folder that defines it, tags and groups none."""
+    known = names_of_lm_eval()
+    assert known["acp_bench_hard"] == known["mafand_tasks"] == known["mmlu"] == ()
+    assert (known["boolq"], known["mmlu_anatomy"]) == (("super_glue",), ("mmlu",))
 
 
 def test_any_other_name_of_lm_eval_takes_a_file_with_its_columns(tmp_path: Path) -> None:

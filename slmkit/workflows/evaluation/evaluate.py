@@ -228,9 +228,10 @@ class _Evaluated:
         )
 
     def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
-        from slmkit.evaluation.tasks import load_tasks
+        from slmkit.evaluation.tasks import load_tasks, task_table
 
-        self.progress(f"{name}: reading the task", None)
+        others = "" if name in task_table()["aliases"] else " among all of lm-eval's, which takes seconds"
+        self.progress(f"{name}: reading the task{others}", None)
         return load_tasks([name], progress=self.counter(name, "programs"), **asked)
 
     def on_task(
