@@ -62,7 +62,7 @@ def chat(
     """
     usual = options.USUAL | {"temperature": 0.6}
     decoder, tokenizer, settings, advice = open_model(model, others, device, usual, sampling)
-    from slmkit.find import learned_conversations
+    from slmkit.files.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens
 

@@ -47,7 +47,7 @@ def prepare(
     from slmkit.cli.show import TerminalReporter, counted, progress_bar
     from slmkit.config import load_settings
     from slmkit.data.settings import CleaningSettings
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
 
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
@@ -121,7 +121,7 @@ def inspect(
         samples_of_source,
     )
     from slmkit.data.shards.reader import TokenShards
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
     loaded = None if tokenizer is None else SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))

@@ -70,7 +70,7 @@ def with_evaluation(command: Callable[..., None]) -> Callable[..., None]:
 
 def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `evaluate`. Raises `UserError` for options that do not belong together, and for what is not there."""
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.workflows.evaluation.text import find_text
 
     given = {name: value for name, value in options.items() if value != OPTIONS.get(name, (None, None))[1]}
@@ -266,7 +266,7 @@ def report(
 
     Example: slm report runs/book -o book.html
     """
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     root = find_run(run)
     path = root / "report.html" if output is None else Path(output)

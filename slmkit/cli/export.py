@@ -43,7 +43,7 @@ def export(
     Example: slm export runs/book --to hf --type bfloat16
     """
     from slmkit.cli.show import progress_bar
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.export import Request, plan_of, record_of
@@ -74,7 +74,7 @@ def verify(
     Example: slm verify runs/book runs/book-F16.gguf
     """
     from slmkit.cli.show import progress_bar
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.export import verify as verify_model

@@ -184,7 +184,7 @@ def _speculation(
     model: str, draft: str | None, lookup: bool, decoder: LanguageModel, device: str
 ) -> Speculation | None:
     """Raises `UserError` for a draft model of another vocabulary."""
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.generation.ensemble import common_tokenizer
     from slmkit.generation.speculation import DraftModel, PromptLookup
 

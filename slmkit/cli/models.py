@@ -94,7 +94,7 @@ def merge(
 
 def _merge_adapters(model: str, adapters: list[str], output: str | None) -> None:
     from slmkit.cli.show import suggestion
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.model.files.adapter_directory import find_adapter
 
     find_model_directory(model)
@@ -110,7 +110,7 @@ def _merge_adapters(model: str, adapters: list[str], output: str | None) -> None
 def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
     from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.training.recipe.recipe import find_recipe
 
     loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
@@ -171,7 +171,7 @@ def quantize(
     Example: slm quantize runs/book --to int8 --to int4 --calibration book.txt
     """
     from slmkit.cli.show import print_table, progress_bar, suggestion
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.quantize import RESULTS, Request, quantize_model  # imports torch: after the model was found

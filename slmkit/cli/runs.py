@@ -114,7 +114,7 @@ def push(
     Example: slm push runs/book me/book --private
     """
     from slmkit.cli.show import suggestion
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.push import push_model  # imports torch: after the arguments were checked

@@ -60,7 +60,7 @@ def encode(
 
     Example: slm tokenizer encode tokenizers/book "It was a fox"
     """
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
     loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))

@@ -60,7 +60,7 @@ def resume(
     Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.cli.show import TerminalReporter, show_run
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     find_run(run)  # before anything is loaded
     from slmkit.workflows.train import resume_run
@@ -77,7 +77,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     Example: slm replay runs/book --step 12
     """
     from slmkit.cli.show import TerminalReporter
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()

@@ -28,7 +28,7 @@ from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
 from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.device import find_device, measured_peak, seconds_to_read
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import PRESETS, SLMConfig

@@ -31,7 +31,7 @@ from slmkit.data.stream import Rows, Stream
 from slmkit.data.streaming import StreamedBatches
 from slmkit.device import Device, find_device
 from slmkit.files import file_sha256
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter

@@ -37,7 +37,7 @@ from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
 from slmkit.export.targets import TARGETS, Request, Target, as_stored, written
 from slmkit.files import file_sha256, staged
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS
 from slmkit.training.run_directory import RunDirectory

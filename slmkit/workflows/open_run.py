@@ -15,8 +15,8 @@ from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
 from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
 from slmkit.files import file_sha256
-from slmkit.find import find_model_directory
-from slmkit.hub import pinned_name
+from slmkit.files.find import find_model_directory
+from slmkit.files.hub import pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import is_adapter
 from slmkit.model.sizes import parameter_count

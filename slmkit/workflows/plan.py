@@ -15,7 +15,7 @@ from slmkit.adapt.lora import add_lora
 from slmkit.config import UserError, load_settings
 from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
-from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_config_directory, find_model_directory, find_tokenizer_directory
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig, find_model_or_preset
 from slmkit.model.decoder import Decoder

@@ -24,7 +24,7 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.files import write_whole
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder

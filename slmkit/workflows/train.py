@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import Device, find_device
-from slmkit.find import find_run
+from slmkit.files.find import find_run
 from slmkit.model.config import SLMConfig
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, step_of
 from slmkit.training.checkpoints.flight_recorder import Replay, read_record, replay_step
