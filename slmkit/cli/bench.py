@@ -74,20 +74,17 @@ def decode(
 
 def data(
     megabytes: Annotated[float, typer.Option(help="How much built-in text to encode.")] = 20,
-    gigabytes: Annotated[
-        float, typer.Option(help="Size of the shards to read from; they take no room on the disk.")
-    ] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
 ) -> None:
     """Measure how fast data is prepared and loaded.
 
-    Encoding, preparation, loading, resuming, and the time to the first batch; medians.
+    Encoding, preparation, loading and resuming; medians.
 
-    Example: slm bench data --megabytes 5 --gigabytes 1 --rounds 2
+    Example: slm bench data --megabytes 5 --rounds 2
     """
     from slmkit.workflows.bench import data_speed
 
-    for name, figures in data_speed(megabytes, gigabytes, rounds):
+    for name, figures in data_speed(megabytes, rounds):
         print(name)
         for figure, value in figures.items():
             print(f"  {figure:<34}{value:>24,.{2 if value < 1000 else 0}f}", flush=True)

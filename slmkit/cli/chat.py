@@ -40,7 +40,7 @@ YOU, MODEL, MORE, QUOTES = "you> ", "model> ", "...> ", '"""'
 CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "cut: the model's context is full"}
 
 
-@options.with_sampling
+@options.with_options(options.SAMPLING)
 def chat(
     model: options.ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,

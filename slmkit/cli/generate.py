@@ -70,7 +70,7 @@ Lookup = Annotated[
 Choice = Annotated[list[str] | None, typer.Option(help="The text is one of these; to be given several times.")]
 
 
-@options.with_sampling
+@options.with_options(options.SAMPLING)
 def generate(
     model: options.ModelPath,
     prompt: Prompt = None,
