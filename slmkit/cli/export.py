@@ -115,28 +115,24 @@ def figures(parity: Parity) -> str:
 
 def print_verdicts(verdicts: list[Verdict]) -> None:
     """A table of what was compared, then a line for each runtime that was not, or that differs."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from slmkit.cli.show import print_table
 
-    columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[2:9]:
-        column.justify = "right"
+    rows = []
     for one in verdicts:
         if one.parity is None:
             continue
         ids, chats, _, predicted, greedy, *_ = one.parity.checks.values()
         same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
         apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
-        table.add_row(
-            escape(one.runtime), one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
-            f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
-            "[red]differs[/]" if one.is_wrong else "same",
+        rows.append(
+            (
+                one.runtime, one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
+                f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
+                "differs" if one.is_wrong else "same",
+            )
         )  # fmt: skip
-    console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else 240
-    console.print(table)
-    for one in [one for one in verdicts if one.problem]:
-        console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)
+    columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
+    print_table(columns, rows, right=columns[2:9])
+    for one in verdicts:
+        if one.problem:
+            print(f"{one.runtime} {one.kind}: {one.problem}")

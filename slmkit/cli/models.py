@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -142,7 +142,8 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
 def quantize(
     model: ModelPath,
     to: Annotated[
-        list[str], typer.Option("--to", help="int8, int4 or nf4; several make several directories, in one table.")
+        list[Literal["int8", "int4", "nf4"]],
+        typer.Option("--to", help="Several make several directories, in one table."),
     ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the result goes; default: MODEL-int4 and so on.")
@@ -151,10 +152,10 @@ def quantize(
         int | None, typer.Option(help="Weights with one scale: 32, 64 or 128; default: 32, for nf4 64.")
     ] = None,
     embedding: Annotated[
-        str, typer.Option(help="bfloat16, or int8: smaller and faster, and only slmkit reads the result.")
+        Literal["bfloat16", "int8"], typer.Option(help="int8: smaller and faster, and only slmkit reads the result.")
     ] = "bfloat16",
     method: Annotated[
-        str, typer.Option(help="For 4 bits: gptq, unless rounding is better on held-out text; or round.")
+        Literal["gptq", "round"], typer.Option(help="For 4 bits; gptq, unless rounding is better on held-out text.")
     ] = "gptq",
     calibration: Annotated[
         str, typer.Option(help="Text like what the model will write: a file, folder, URL, or the built-in stories.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,7 +47,7 @@ def plot(
     output: Annotated[
         str, typer.Option("--output", "-o", help="The picture to write: .png, .svg or .pdf.")
     ] = "loss.png",
-    over: Annotated[str, typer.Option(help="The horizontal axis: tokens, time or steps.")] = "tokens",
+    over: Annotated[Literal["tokens", "time", "steps"], typer.Option(help="The horizontal axis.")] = "tokens",
     what: Annotated[
         str | None,
         typer.Option(
@@ -64,14 +64,12 @@ def plot(
     from pathlib import Path
 
     from slmkit.config import UserError, did_you_mean
-    from slmkit.training.logging.plots import CURVES, KEYS, TASKS, plot_runs
+    from slmkit.training.logging.plots import CURVES, TASKS, plot_runs
 
-    if over not in KEYS:
-        raise UserError(f"--over {over}: {did_you_mean(over, KEYS)}")
     if what is not None and what not in CURVES and not what.startswith(TASKS):
         raise UserError(f"--what {what}: {did_you_mean(what, CURVES)}")
     path = Path(output if Path(output).suffix else f"{output}.png")
-    plot_runs(runs, path, over, what)  # type: ignore[arg-type]
+    plot_runs(runs, path, over, what)
     print(path)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.gptq import gptq
 from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import DEFAULT_GROUP, GROUPS, LARGEST, expect_full, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantize import DEFAULT_GROUP, GROUPS, expect_full, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import load_quantized, save_quantized
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
@@ -72,15 +72,10 @@ class Figures:
 
 def expect_possible(model: str, request: Request) -> list[Path]:
     """The output directories. Raises `UserError` for what cannot be done, or a directory that exists."""
-    for kind in request.kinds:
-        if kind not in LARGEST:
-            raise UserError(f"--to {kind}: expected {', '.join(LARGEST)}")
     if len(set(request.kinds)) < len(request.kinds):
         raise UserError(f"--to {' --to '.join(request.kinds)}: give each once")
     if request.group not in (None, *GROUPS):
         raise UserError(f"--group {request.group}: expected {', '.join(map(str, GROUPS))}")
-    if request.embedding not in ("bfloat16", "int8") or request.method not in ("gptq", "round"):
-        raise UserError("--embedding is bfloat16 or int8, and --method gptq or round")
     if request.output is not None and len(request.kinds) > 1:
         raise UserError("--output is for one --to; several get names of their own, such as MODEL-int4")
     name = model.rstrip("/") if Path(model).exists() else Path(model).name  # a folder OWNER would hide the hub's
