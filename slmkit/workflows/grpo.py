@@ -274,7 +274,7 @@ def find_reward(name: str) -> Reward:
         raise UserError(f"grpo.reward {name}: cannot be loaded: {_said(error)}") from error
     if not callable(loaded.get(function)):
         known = [key for key, value in loaded.items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"grpo.reward {name}: no function {function!r} in it; {did_you_mean(function, known)}")
+        raise UserError(f"grpo.reward {name}: no function {function!r}; {did_you_mean(function, known)}")
     return loaded[function]
 
 
