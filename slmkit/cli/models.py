@@ -142,8 +142,7 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
 def quantize(
     model: ModelPath,
     to: Annotated[
-        list[Literal["int8", "int4", "nf4"]],
-        typer.Option("--to", help="Several make several directories, in one table."),
+        list[str], typer.Option("--to", help="int8, int4 or nf4; several make several directories, in one table.")
     ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the result goes; default: MODEL-int4 and so on.")

@@ -23,6 +23,8 @@ Data = Annotated[
 KEY_FILE = "API keys, one a line; also from SLM_API_KEYS, separated by commas."
 HOST = "Listen at this address; 0.0.0.0: at all of this machine, which needs a key."
 PREFIX = "Read the common beginning of prompts of a key once."
+AT_ONCE = "Requests of a key at once; default: no limit."
+A_MINUTE = "Requests of a key in a minute; default: no limit."
 DRAIN = "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
 SITE = "A site whose pages may call the server, as https://example.org; repeatable."
 NAME = "Another name of this server in a URL; repeatable."
@@ -35,7 +37,7 @@ def serve(
     port: Port = 8000,
     key_file: Annotated[Path | None, typer.Option(metavar="FILE", help=KEY_FILE)] = None,
     engine: Annotated[
-        Literal["slm", "vllm", "llamacpp"], typer.Option(help="vllm: faster on GPUs; llamacpp: also for GGUF files.")
+        Literal["slm", "vllm", "llamacpp"], typer.Option(help="vllm is faster on GPUs; llamacpp reads GGUF files too.")
     ] = "slm",
     device: options.DeviceName = "auto",
     max_rows: MaxRows = 32,
@@ -45,8 +47,8 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help=DRAIN)] = 30.0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request; beyond it clients get 413.")] = 2**20,
-    requests_per_key: Annotated[int | None, typer.Option("--key-requests", min=1, help="Of a key, at once.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option("--key-minute", min=1, help="Of a key, a minute.")] = None,
+    requests_per_key: Annotated[int | None, typer.Option("--key-requests", min=1, help=AT_ONCE)] = None,
+    requests_per_minute: Annotated[int | None, typer.Option("--key-minute", min=1, help=A_MINUTE)] = None,
     origins: Annotated[list[str] | None, typer.Option("--cors", metavar="ORIGIN", help=SITE)] = None,
     hosts: Annotated[list[str] | None, typer.Option("--allow-host", metavar="NAME", help=NAME)] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve the page at / too: chat, runs, a look inside, data.")] = False,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from slmkit.adapt.gptq import gptq
 from slmkit.adapt.load import load_model
-from slmkit.adapt.quantize import DEFAULT_GROUP, GROUPS, expect_full, quantized_modules, round_to, to_quantize
+from slmkit.adapt.quantize import DEFAULT_GROUP, GROUPS, LARGEST, expect_full, quantized_modules, round_to, to_quantize
 from slmkit.adapt.quantized_files import load_quantized, save_quantized
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
@@ -72,6 +72,8 @@ class Figures:
 
 def expect_possible(model: str, request: Request) -> list[Path]:
     """The output directories. Raises `UserError` for what cannot be done, or a directory that exists."""
+    if unknown := next((kind for kind in request.kinds if kind not in LARGEST), None):
+        raise UserError(f"--to {unknown}: expected {', '.join(LARGEST)}")
     if len(set(request.kinds)) < len(request.kinds):
         raise UserError(f"--to {' --to '.join(request.kinds)}: give each once")
     if request.group not in (None, *GROUPS):

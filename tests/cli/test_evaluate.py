@@ -142,7 +142,7 @@ def test_conversations_are_judged_by_their_answers(folder: Path) -> None:
         (("--text", "book.txt", "--samples", "2"), "--samples is for --tasks"),
         (("--text", "book.txt", "--chat", "--joined"), "each read apart"),
         (("--tasks", "stories", "--template", "yes"), "'yes' is not one of 'auto', 'chat', 'none'"),
-        (("--tasks", "stories", "--task-data", "nowhere"), "directory 'nowhere' does not exist"),
+        (("--tasks", "stories", "--task-data", "nowhere"), "'nowhere' does not exist"),
         (("--text", "book.txt", "--output", "nowhere/out.json"), "a folder that exists"),
     ],
 )

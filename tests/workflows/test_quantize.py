@@ -121,6 +121,7 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
+        (Request(["int3"]), "--to int3: expected int8, int4, nf4"),
         (Request(["int4"], group=48), "--group 48: expected 32, 64, 128"),
         (Request(["int4"], output="/"), "/: exists already"),
         (Request(["int4", "int8", "int4"]), "--to int4 --to int8 --to int4: give each once"),
@@ -134,7 +135,7 @@ def test_what_cannot_be_is_said_before_any_work(request_: Request, words: str, m
     assert sorted(model.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize(("option", "value"), [("--to", "int3"), ("--embedding", "int4"), ("--method", "awq")])
+@pytest.mark.parametrize(("option", "value"), [("--embedding", "int4"), ("--method", "awq")])
 def test_the_command_names_the_words_that_it_knows(option: str, value: str, model: Path) -> None:
     assert f"'{value}' is not one of " in refused("quantize", model, "--to", "int4", option, value)
 
