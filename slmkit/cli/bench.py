@@ -8,11 +8,12 @@ import typer
 
 from slmkit.cli.options import DeviceName, Overrides, new_app
 
+RECIPE = "A recipe file, a name that `slm recipes` lists, or a preset."
+MODELS = "Presets, models or runs; default: quickstart."
+
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file, a name that `slm recipes` lists, or a preset.")
-    ] = "quickstart",
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help=RECIPE)] = "quickstart",
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=4, help="How many steps; they take at most some 20 seconds.")] = 20,
 ) -> None:
@@ -44,9 +45,7 @@ def train(
 
 
 def decode(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]", help="Presets, models or runs; default: quickstart.")
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help=MODELS)] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     new: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,

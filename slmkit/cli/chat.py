@@ -35,6 +35,7 @@ What can be typed beside messages:
 /quit          leave, as Ctrl-D does; Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one.
 A message that begins with """ goes on to the next """.'''
+MOST = "Stop an answer after this many tokens; default: what the model advises, or 300."
 FILE = "chat.json"  # of /save and /load without a name
 YOU, MODEL, MORE, QUOTES = "you> ", "model> ", "...> ", '"""'
 CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "cut: the model's context is full"}
@@ -44,10 +45,7 @@ CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "c
 def chat(
     model: options.ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop an answer after this many tokens; default: what the model advises, or 300."),
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help=MOST)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
     others: options.OtherModels = None,
     device: options.DeviceName = "auto",

@@ -99,9 +99,7 @@ def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: 
 
 
 def inspect(
-    shards: Annotated[
-        str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
-    ],
+    shards: Annotated[str, typer.Argument(metavar="PATH", help="A file or folder of text or rows, or shards.")],
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many documents or rows to show.")] = 2,
     source: SourceOptions = None,

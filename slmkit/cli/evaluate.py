@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="A JSON file for figures, recipes, items.")]
+TWO_OR_MORE = "Models as for `slm eval`, two or more; the first one is A."
+RESULTS = "What `slm eval --output` wrote; default: evaluations of RUN that are still known."
 TEXT = "A file, folder, URL, data set of the hub, or wikitext-2; may be given several times."
 STRIDE = "Tokens by which the window moves on; default: half of it. More is faster and gives tokens less context."
+TASK_DATA = "A folder with the tasks' files; default: the hub."
 WINDOW = "Tokens read at once; default: the context, at most 2,048."
 TEMPLATE = "Ask tasks as conversations: chat, none, or auto: if it learned some."
 UNSAFE = "Where there is no sandbox, run the programs of code tasks with limits of time and memory alone."
@@ -33,13 +36,7 @@ OPTIONS: Options = {
     "window": (Annotated[Count, typer.Option("--window", "--length", min=2, help=WINDOW)], None),
     "stride": (Annotated[Count, typer.Option(min=1, help=STRIDE)], None),
     "joined": (Annotated[bool, typer.Option("--joined", help="All documents are one stream, not each apart.")], False),
-    "task_data": (
-        Annotated[
-            Path | None,
-            typer.Option(exists=True, file_okay=False, help="A folder with the tasks' files; default: the hub."),
-        ],
-        None,
-    ),
+    "task_data": (Annotated[Path | None, typer.Option(exists=True, file_okay=False, help=TASK_DATA)], None),
     "limit": (Annotated[Count, typer.Option(min=1, help="Only the first documents of each task or text.")], None),
     "shots": (Annotated[Count, typer.Option(min=0, help="Examples in a prompt; default: as the task says.")], None),
     "template": (Annotated[Literal["auto", "chat", "none"], typer.Option(help=TEMPLATE)], "auto"),
@@ -123,15 +120,9 @@ def eval_(
 
 @with_options(OPTIONS)
 def compare(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Models as for `slm eval`, two or more; the first one is A.")
-    ],
-    results: Annotated[
-        bool, typer.Option("--results", help="Compare files that `slm eval --output` wrote, instead of models.")
-    ] = False,
-    picture: Annotated[
-        str | None, typer.Option("--picture", help="A picture of the differences: .png, .svg or .pdf.")
-    ] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=TWO_OR_MORE)],
+    results: Annotated[bool, typer.Option("--results", help="MODEL: files that `slm eval --output` wrote.")] = False,
+    picture: Annotated[str | None, typer.Option(help="A picture of the differences: .png, .svg or .pdf.")] = None,
     output: Output = None,
     **options: Any,
 ) -> None:
@@ -230,13 +221,7 @@ def stated(recipe: Mapping[str, Any]) -> str:
 def report(
     run: RunPath,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The file; default: RUN/report.html.")] = None,
-    results: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="What `slm eval --output` wrote; default: evaluations of RUN that are still known.",
-        ),
-    ] = None,
+    results: Annotated[list[str] | None, typer.Option(metavar="FILE.json", help=RESULTS)] = None,
 ) -> None:
     """Write all that is known of a run into one HTML file.
 
@@ -249,8 +234,7 @@ def report(
 
     root = find_run(run)
     path = root / "report.html" if output is None else Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: expected the name of a file in a folder that exists")
+    expect_new_file("--output", str(path))
     from slmkit.workflows.evaluation.report import write_report  # imports torch: after the arguments were checked
 
     print(write_report(root, path, results or ()))

@@ -14,23 +14,21 @@ if TYPE_CHECKING:
     from slmkit.export.gguf_types import PlannedTensor
     from slmkit.workflows.export import Verdict
 
+TYPE = "How weights are stored, such as Q4_K_M, int8 or bfloat16."
+OUTPUT = "Where the result goes; default: a name beside the model."
+FALLBACK = "Allow other types for tensors whose rows do not divide; for gguf."
+UNVERIFIED = "Write it also if the program that would check it is not installed."
+FILES = "GGUFs, pages and folders made of MODEL, by slmkit or another program."
+
 
 def export(
     model: ModelPath,
     to: Annotated[str, typer.Option("--to", help="gguf, html, onnx, hf, ollama, mlx or space.")],
-    kind: Annotated[
-        str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Where the result goes; default: a name beside the model.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option("--type", help=TYPE)] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
     shard: Annotated[float, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most; for hf.")] = 5.0,
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Allow other types for tensors whose rows do not divide; for gguf.")
-    ] = False,
-    unverified: Annotated[
-        bool, typer.Option("--unverified", help="Write it also if the program that would check it is not installed.")
-    ] = False,
+    allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help=FALLBACK)] = False,
+    unverified: Annotated[bool, typer.Option("--unverified", help=UNVERIFIED)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Write a model for another program, and check it there.
@@ -60,10 +58,7 @@ def export(
 
 def verify(
     model: ModelPath,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE]", help="GGUFs, pages and folders made of MODEL, by slmkit or another program."),
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE]", help=FILES)] = None,
 ) -> None:
     """Compare a model in every runtime that is installed.
 

@@ -31,28 +31,18 @@ def with_options(options: Options) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Values that replace the recipe's, by dotted key.")
-]
+KEYS = "Values that replace the recipe's, by dotted key."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help=KEYS)]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the recipe with all its values, and stop.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `slm recipes` lists.")]
-ModelPath = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A model directory, a run (its best checkpoint) or OWNER/NAME on the hub."),
-]
+MODEL = "A model directory, a run (its best checkpoint) or OWNER/NAME on the hub."
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-OtherModels = Annotated[
-    list[str] | None,
-    typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
-]
-
-SourceOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--source", help="A setting of every source, such as text_column=body or split=test; may be repeated."
-    ),
-]
+OTHER_MODELS = "Average the probabilities with this model's; may be given several times."
+OtherModels = Annotated[list[str] | None, typer.Option("--with", help=OTHER_MODELS)]
+SOURCE = "A setting of every source, such as text_column=body or split=test; may be repeated."
+SourceOptions = Annotated[list[str] | None, typer.Option("--source", help=SOURCE)]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 
 # An option for each setting of sampling; None where it is not given.

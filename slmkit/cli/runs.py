@@ -8,6 +8,9 @@ import typer
 
 from slmkit.cli.options import ModelPath
 
+WHAT = "loss, reward, right (share of right answers), preferred (share of pairs) or eval/TASK/METRIC."
+LICENSE = "Its licence, as the hub spells it (apache-2.0); default: the recipe's."
+
 
 def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where to look for runs.")] = "runs") -> None:
     """List runs, and how far each of them is.
@@ -44,16 +47,9 @@ def runs(folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where t
 
 def plot(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, such as runs/book.")],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="The picture to write: .png, .svg or .pdf.")
-    ] = "loss.png",
+    output: Annotated[str, typer.Option("--output", "-o", help="The picture: .png, .svg or .pdf.")] = "loss.png",
     over: Annotated[Literal["tokens", "time", "steps"], typer.Option(help="The horizontal axis.")] = "tokens",
-    what: Annotated[
-        str | None,
-        typer.Option(
-            help="loss, reward, right (share of right answers), preferred (share of pairs) or eval/TASK/METRIC."
-        ),
-    ] = None,
+    what: Annotated[str | None, typer.Option(help=WHAT)] = None,
 ) -> None:
     """Draw the losses of one or more runs into a picture.
 
@@ -101,9 +97,7 @@ def push(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="The branch to publish on; default: main.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Its licence, as the hub spells it (apache-2.0); default: the recipe's.")
-    ] = None,
+    license: Annotated[str | None, typer.Option(help=LICENSE)] = None,
 ) -> None:
     """Publish a model on the Hugging Face hub.
 
