@@ -88,14 +88,10 @@ def distill_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
 
     if settings.cache:
         return MemoryProfile(model, objective=objective, extra=cached_logits)
-    return MemoryProfile(model, frozen=_meta_teacher(settings, device), objective=objective)
-
-
-def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:
-    """The teacher on the meta device, in the type that a run uses."""
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(find_model_directory(settings.teacher))
-    return in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
+    teacher = in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
+    return MemoryProfile(model, frozen=teacher, objective=objective)
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
