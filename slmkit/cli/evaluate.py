@@ -44,7 +44,7 @@ OPTIONS: Options = {
     "samples": (Annotated[int, typer.Option(min=1, help="Answers to each problem of code tasks, for pass@k.")], 1),
     "temperature": (Annotated[float | None, typer.Option(min=0, help="At which these answers are drawn.")], None),
     "unsafe_code": (Annotated[bool, typer.Option("--unsafe-code", help=UNSAFE)], False),
-    "cache": (Annotated[bool, typer.Option("--cache/--no-cache", help="Show what was evaluated before again.")], True),
+    "cache": (Annotated[bool, typer.Option("--cache/--no-cache", help="Take what was evaluated before.")], True),
     "device": (DeviceName, "auto"),
     "precision": (Precision, "auto"),
 }

@@ -51,7 +51,7 @@ def export(
     if plan := plan_of(model, request):
         print_plan(plan)
     with progress_bar("export") as show:
-        path, parity = export_model(model, request, lambda line: show(line, None))
+        path, parity = export_model(model, request, show)
     print(f"{to}: {path}")
     print(f"compared: {figures(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
 
@@ -75,7 +75,7 @@ def verify(
     from slmkit.workflows.export import verify as verify_model
 
     with progress_bar("verify") as show:
-        verdicts = verify_model(model, files or [], lambda line: show(line, None))
+        verdicts = verify_model(model, files or [], show)
     print_verdicts(verdicts)
     if any(one.is_wrong for one in verdicts):
         raise typer.Exit(1)

@@ -164,7 +164,7 @@ def quantize(
 
     request = Request(to, output, group, embedding, method, calibration, text)
     with progress_bar("quantize") as show:
-        found = quantize_model(model, request, lambda line: show(line, None))
+        found = quantize_model(model, request, show)
     rows = [
         (
             one.name, one.method or "-", f"{one.bytes / 1e6:,.1f}", f"{one.bits:.2f}", f"{one.perplexity:.3f}",

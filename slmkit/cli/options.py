@@ -47,7 +47,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16."
 
 # An option for each setting of sampling; None where it is not given.
 SAMPLING: Options = {
-    name: (Annotated[kind | None, typer.Option(help=about)], None)  # type: ignore[valid-type]
+    name: (Annotated[kind | None, typer.Option(help=about)], None)
     for name, kind, about in (
         ("temperature", float, "0: always the likeliest token; higher: more varied. By default as the model advises."),
         ("top_k", int, "Sample from the k likeliest tokens only; 0: from all."),

@@ -88,7 +88,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     began = shown = time.monotonic()
     with bar_or_lines(label, Console(stderr=True)) as show_line:
 
-        def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
+        def show(figures: str, share: float | None = None, done_bytes: int | None = None) -> None:
             nonlocal shown
             now = time.monotonic()
             if done_bytes is not None:
