@@ -77,11 +77,7 @@ def settings_of(models: Sequence[str], options: dict[str, Any]) -> dict[str, Any
     return same | named
 
 
-<<<<<<< HEAD
-@with_evaluation
-=======
 @with_options(OPTIONS)
->>>>>>> main
 def eval_(models: Models, output: Output = None, **options: Any) -> None:
     """Measure models on texts and tasks.
 
