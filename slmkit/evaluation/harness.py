@@ -7,7 +7,6 @@ order. Imports lm-eval, so import this module where it is needed.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import defaultdict
@@ -92,13 +91,12 @@ class EngineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without `add_generation_prompt` the last message is to be continued."""
-        render = functools.partial(
-            self.tokenizer.chat_prompt_text, begins=add_generation_prompt, continues=not add_generation_prompt
-        )
+        how = {"begins": add_generation_prompt, "continues": not add_generation_prompt}
         try:
-            return render(chat_history)
+            return self.tokenizer.chat_prompt_text(chat_history, **how)
         except ConversationError:  # many templates know no system message
-            return render([message for message in chat_history if message["role"] != "system"])
+            messages = [message for message in chat_history if message["role"] != "system"]
+            return self.tokenizer.chat_prompt_text(messages, **how)
 
     # -- log-likelihood -----------------------------------------------------------------------------------------------
 

@@ -100,8 +100,10 @@ class FittedTask(ConfigurableTask):
                 "evaluate fewer rows with --limit, or give --shots 0"
             )
         if self.OUTPUT_TYPE == "generate_until":
-            how, prompt = self._prompt_options(), super().fewshot_context
-            fits = (self._fits(doc, prompt(doc, 0, **how(doc)), **how(doc)) for doc in asked)
+            template, prompt = self.lm.apply_chat_template if self.chat else None, super().fewshot_context
+            chat = {"apply_chat_template": self.chat, "fewshot_as_multiturn": self.chat, "chat_template": template}
+            how = [chat | {"gen_prefix": self.doc_to_prefix(doc)} for doc in asked]
+            fits = (self._fits(doc, prompt(doc, 0, **its), **its) for doc, its in zip(asked, how))
             self.no_room = {number for number, it_fits in enumerate(fits) if not it_fits}
         self.set_fewshot_seed(seed)
 
@@ -118,11 +120,6 @@ class FittedTask(ConfigurableTask):
                 where = f"document {number} of {self.data['name']}"
                 raise UserError(f"{self.task_name}: {where} is not as expected: {one_line(error)}") from None
 
-    def _prompt_options(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        template = self.lm.apply_chat_template if self.chat else None
-        chat = {"apply_chat_template": self.chat, "fewshot_as_multiturn": self.chat, "chat_template": template}
-        return lambda doc: {**chat, "gen_prefix": self.doc_to_prefix(doc)}
-
     def doc_iterator(self, **which: Any) -> Iterator[tuple[int, Any]]:
         return ((number, doc) for number, doc in super().doc_iterator(**which) if number not in self.no_room)
 
@@ -138,16 +135,15 @@ class FittedTask(ConfigurableTask):
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> str | list[str]:
         """lm-eval's prompt with as many of the drawn shots as fit."""
-        drawn: list[Any] = []
-        draw = self.sampler.sample if num_fewshot else None
+        drawn, sampler = list[Any](), getattr(self, "sampler", SimpleNamespace(sample=None))
+        draw = sampler.sample
 
         def sample(n: int, **keywords: Any) -> list[Any]:
             if not drawn:
-                drawn.extend(draw(n, **keywords))  # type: ignore[misc]
+                drawn.extend(draw(n, **keywords))
             return drawn[:n]
 
-        if num_fewshot:
-            self.sampler.sample = sample
+        sampler.sample = sample
         try:
             for count in range(num_fewshot, -1, -1):
                 context = super().fewshot_context(doc, count, **options)
@@ -155,8 +151,7 @@ class FittedTask(ConfigurableTask):
                 if fits or count == 0:
                     break
         finally:
-            if num_fewshot:
-                del self.sampler.sample
+            sampler.sample = draw
         self._used.append(count)
         self.too_long += not fits
         return context
@@ -205,15 +200,11 @@ class Factory(TaskFactory):
             return SimpleNamespace(task_name=config["task"])
 
 
-def evaluated(
-    lm: Any, tasks: Mapping[str, FittedTask], limit: int | None, seed: int
-) -> dict[str, list[dict[str, Any]]]:
+def evaluated(lm: Any, tasks: Mapping[str, FittedTask], limit: int | None) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of each task that was prepared and has a document to ask."""
     found = dict[str, list[dict[str, Any]]]()
     for chat in (False, True):
         asked = {name: task for name, task in tasks.items() if task.chat is chat and not task.is_full(limit)}
-        for task in asked.values():
-            task.set_fewshot_seed(seed)
         if asked:
             how = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "confirm_run_unsafe_code": True}
             found |= evaluate(lm, {"tasks": asked}, limit=limit, bootstrap_iters=0, **how)["samples"]

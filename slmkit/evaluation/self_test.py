@@ -140,12 +140,8 @@ def self_test(
 
 def first_failure(result: TaskResult, due: int) -> str:
     """The first document of which a tested metric is not `due`; empty if there is none."""
-    values = ((item.id, metric, *pair) for item in result.items for metric, pair in item.values.items())
-    return next(
-        (
-            f"stored for document {name} scores {above / below:g} in {metric}, not {due}"
-            for name, metric, above, below in values
-            if TESTED.fullmatch(metric) and above != below * due
-        ),
-        "",
-    )
+    for item in result.items:
+        for metric, (above, below) in item.values.items():
+            if TESTED.fullmatch(metric) and above != below * due:
+                return f"stored for document {item.id} scores {above / below:g} in {metric}, not {due}"
+    return ""

@@ -284,7 +284,7 @@ def run_tasks(
     with quiet():
         for task in tasks.values():
             task.prepare(lm, limit, seed)
-        found = evaluated(lm, tasks, limit, seed)
+        found = evaluated(lm, tasks, limit)
         common = {"seed": seed, "limit": limit}
         results = {name: task_result(name, task, found.get(name, []), common) for name, task in tasks.items()}
     groups = getattr(tasks, "groups", {}).items()

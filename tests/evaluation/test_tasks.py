@@ -409,6 +409,32 @@ def test_without_a_train_file_shots_are_rows_that_are_not_evaluated(tmp_path: Pa
         results(["gsm8k"], tmp_path, shots=2)
     with pytest.raises(UserError, match="2 shots need 3 examples, and there are 2"):
         results(["gsm8k"], tmp_path, shots=2, limit=6)
+    write(tmp_path / "gsm8k.jsonl", sums(1) * 8)
+    with pytest.raises(UserError, match=r"2 shots need 3 examples, .* 5 \(.*, 5 of them the same as a document"):
+        results(["gsm8k"], tmp_path, shots=2, limit=3)
+    write(tmp_path / "gsm8k.jsonl", [*sums(1) * 6, *sums(4)[1:]])
+    assert results(["gsm8k"], tmp_path, shots=2, limit=3, self_test=False)["gsm8k"].items[0].text["shots"] == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "broken", "why"),
+    [
+        ("winogrande", {"sentence": "no gap"}, "substring not found"),
+        ("winogrande", {"answer": "3"}, "'3'"),
+        ("hellaswag", {"endings": []}, "is not among 0 choices"),
+        ("hellaswag", {"label": "7"}, "its right answer 7 is not among 4 choices"),
+        ("hellaswag", {"label": "-1"}, "its right answer '-1' is not among 4 choices"),
+    ],
+)
+def test_a_row_that_lm_eval_cannot_ask_or_count_is_named_before_the_run(
+    task: str, broken: Row, why: str, tmp_path: Path
+) -> None:
+    first = FORMS[task][0][0]
+    write(tmp_path / f"{task}.jsonl", [first, {**first, **broken}])
+    lm = KnownLM()
+    with pytest.raises(UserError, match=rf"^{task}: document 1 of {task}\.jsonl is not as expected: .*{why}"):
+        results([task], tmp_path, lm, shots=0)
+    assert not lm.requests
 
 
 def test_tasks_that_are_asked_without_shots_stay_so(tmp_path: Path) -> None:
