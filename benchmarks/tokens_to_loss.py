@@ -6,7 +6,7 @@ python -m benchmarks.tokens_to_loss --text … --small --steps 160        # 1.1 
 python -m benchmarks.tokens_to_loss --draw docs/tokens_to_loss.png      # only the table and plot, of what was measured
 
 AdamW's warm-up, learning rate and beta 2 are the best of those tried one after another on the first text, in runs of
-their own (seed 100); Muon's learning rate likewise. All other settings of a technique are the tuned AdamW's. A
+their own (seed 100). All settings that a technique does not change are these; Muon's rate is the recipes'. A
 technique's figure is the tokens at which its validation loss first is that at which AdamW's run of the same seed ended,
 on a straight line between two looks, as a share of AdamW's tokens. In the second half of every run an exponential
 average of the weights is looked at besides: `averaged`. Results are written after each run, and a run that was made is
@@ -55,11 +55,8 @@ SHAPES = {
 TUNING_SEED = 100
 DEFAULTS = TrainSettings().model_dump()
 Changes = dict[str, Any]  # keys of the section train; others are this file's own, below
-TUNED: dict[str, dict[str, tuple[float | None, ...]]] = {
-    "adamw": {
-        "warmup_ratio": (None, 0.2), "learning_rate": (1e-3, 2e-3, 5e-4), "adam_beta2": (0.95, 0.99),
-    },
-    "muon": {"muon_learning_rate": (0.02, 0.01, 0.04)},
+TUNED: dict[str, tuple[float | None, ...]] = {  # of AdamW, in this order
+    "warmup_ratio": (None, 0.2), "learning_rate": (1e-3, 2e-3, 5e-4), "adam_beta2": (0.95, 0.99),
 }  # fmt: skip
 MUON: Changes = {"optimizer": "muon"}
 TO_ZERO: Changes = {"lr_scheduler_type": "linear", "min_learning_rate_ratio": 0.0}
@@ -215,17 +212,13 @@ class Measured:
             RESULTS.write_text(json.dumps(content) + "\n")
         return self.runs[key]
 
-    def tuned(self, optimizer: str) -> Changes:
-        """The best settings, found for one key after another; for Muon on top of AdamW's."""
-        best: Changes = {} if optimizer == "adamw" else self.tuned("adamw") | {"optimizer": optimizer}
-        for key, values in TUNED[optimizer].items():
+    def settings(self, technique: str) -> Changes:
+        """A technique's settings, on top of the best of AdamW, which are found for one key after another."""
+        best: Changes = {}
+        for key, values in TUNED.items():
             losses = {value: self.first.run(best | {key: value}, TUNING_SEED)[-1][1] for value in values}
             best[key] = min(losses, key=losses.__getitem__)
-        return best
-
-    def settings(self, technique: str) -> Changes:
-        changes = TECHNIQUES[technique]
-        return self.tuned(changes.get("optimizer", "adamw")) | changes
+        return best | TECHNIQUES[technique]
 
     def summary(self) -> dict[str, Any]:
         """Of each technique: last losses and shares of AdamW's tokens, by seed. Empty until the tuning is complete."""
