@@ -74,7 +74,7 @@ TECHNIQUES: dict[str, Changes] = {
 COLORS = {
     "adamw": "tab:orange", "muon": "tab:blue", "muon, row variance": "tab:green", "batch ramp": "tab:purple",
     "linear to zero": "tab:brown", "stable, then to zero": "tab:gray", "zero outputs": "tab:red",
-    "cautious decay": "tab:cyan",
+    "cautious decay": "tab:cyan", "muon, linear to zero": "tab:olive",
 }  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "tokens_to_loss.json"
 Curve = list[tuple[int, float, float]]  # tokens, validation loss, that of the averaged weights
