@@ -46,7 +46,7 @@ def quickstart(
     reporter.say("\n4/4  evaluation")
     decoder, tokenizer = load_for_generation(str(trained.chat.root), "cpu")
     left = trained.ends - time.monotonic()
-    _show_answers(decoder, tokenizer)
+    _show_answers(decoder, tokenizer, trained.world.size)
     _show_story(decoder, tokenizer, time.monotonic() + left / 3)
     _show_figures(trained, decoder, tokenizer)
     _show_shares(trained, minutes)
@@ -58,12 +58,12 @@ def quickstart(
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 
-def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
+def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer, world: float) -> None:
     """Print a scene that is not in the training data, with the model's answers to questions about it."""
     from slmkit.data.stories import held_out_scene
     from slmkit.evaluation import ask
 
-    scene, questions = held_out_scene(SCENE)
+    scene, questions = held_out_scene(SCENE, world)
     print(f"\nQuestions about a text that it never read:\n\n  {scene.text}\n")
     for question, answer in zip(scene.questions, ask(decoder, tokenizer, questions).answers):
         note = "" if answer.is_right else f"   (right: {answer.expected})"
@@ -95,7 +95,7 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
 
     losses = [line["validation_loss"] for line in trained.stories.metrics.read() if "validation_loss" in line]
     perfect = TokenShards.open(trained.stories.data / "validation").header.perfect_loss
-    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS), trained.ends - 1)
+    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS, world=trained.world.size), trained.ends - 1)
     print("\nThe figures:\n")
     if losses and perfect:
         print(f"  validation loss           {min(losses):.3f} nats per token")
