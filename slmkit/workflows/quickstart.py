@@ -1,4 +1,4 @@
-"""The quickstart: three runs on the built-in stories, in a world and with a model of a size that suits the time limit."""
+"""The quickstart: three runs on the built-in stories, with a world and a model of a size that suits the time limit."""
 
 from __future__ import annotations
 
@@ -171,9 +171,10 @@ def _tell_the_plan(minutes: float, seconds: float, tried: dict[World, float], re
         least = math.ceil(MARGIN * needed(SMALLEST_SHARE))
         raise UserError(f"--minutes {minutes:g}: too short on this machine; it needs at least {least}")
     for larger, its_primer in [*tried.items()][:-1]:
+        for_larger = math.ceil(needed(larger.enough, its_primer))
         reporter.say(
-            f"the {larger.name} world takes about {math.ceil(needed(larger.enough, its_primer))} minutes on this machine "
-            f"(--minutes): this model learns a {world.name} one, with {world.size:.0%} of the words and plots"
+            f"the {larger.name} world of stories takes about {for_larger} minutes on this machine (--minutes): "
+            f"this model learns a {world.name} one, with {world.size:.0%} of the words and plots"
         )
     reporter.say(
         f"in {minutes:g} minutes there is time for about {share:.0%} of its corpus; "

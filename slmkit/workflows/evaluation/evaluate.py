@@ -66,7 +66,7 @@ def evaluate(
     """Results of a run, model directory, adapter, quantized model or model of the hub.
 
     `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
-    `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `STORY_WORLDS`. `task_data`: a
+    `stride` and `joined` as in `text_result`. `tasks`: names of `load_tasks` or `STORY_WORLDS`. `task_data`: a
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
     task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a model that learned conversations
     (`uses_chat`). `samples` answers to each problem of code tasks, drawn at `temperature`; `unsafe_code`: their
@@ -86,9 +86,8 @@ def evaluate(
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
     one = _Evaluated(model, device, precision, cache, limit, progress)
     asked["chat"] = bool(tasks) and uses_chat(model, chat_template)
-    loaded = {
-        name: one.load(name, asked) for name in tasks if name not in STORY_WORLDS
-    }  # a wrong name is found at once
+    # Loaded before anything is computed, so that a wrong name is found at once.
+    loaded = {name: one.load(name, asked) for name in tasks if name not in STORY_WORLDS}
     results: list[TaskResult] = []
     for source in text:
         window, stride = one.geometry(window, stride)
