@@ -70,7 +70,8 @@ class _Asked:
     """A model, and how it is asked."""
 
     def __init__(
-        self, decoder: LanguageModel, tokenizer: SLMTokenizer, seed: int, chat: bool, progress: Progress, source: str
+        self, decoder: LanguageModel, tokenizer: SLMTokenizer, seed: int, chat: bool, progress: Progress,
+        source: str = STORIES,
     ) -> None:  # fmt: skip
         self.decoder, self.tokenizer, self.seed, self.chat, self.progress = decoder, tokenizer, seed, chat, progress
         self.source = source
