@@ -121,7 +121,7 @@ def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
     assert 50 * slow * 6 == pytest.approx(250 * (1 - EVALUATION))
 
 
-@pytest.mark.parametrize(("seconds_of_a_step", "world"), [(0.02, "whole"), (0.2, "small")])
+@pytest.mark.parametrize(("seconds_of_a_step", "world"), [(0.02, "whole"), (0.05, "middle"), (0.2, "small")])
 def test_the_speed_of_the_machine_decides_the_size_of_the_world(
     seconds_of_a_step: float, world: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from slmkit.data.sources import STORIES, WORLDS
+from slmkit.data.sources import STORIES, STORY_WORLDS
 from slmkit.data.stories import Question, Story, held_out_scene, tell_many
 from slmkit.data.stories.sentences import SENTENCE_END
 from slmkit.data.stories.talk import drawn_questions, pasted, story_request
@@ -48,11 +48,11 @@ def story_report(
 ) -> list[TaskResult]:
     """Results `stories/…` about the first `count` held-out stories of the stream `seed`.
 
-    `source`: one of `WORLDS`; the results of `small-stories` are named so.
+    `source`: one of `STORY_WORLDS`, which the results are named by.
     `chat`: questions and wishes for a story are conversations, else text that goes on, as in the primer; by default
     as the tokenizer has a chat template. Raises `UserError` for logits that are not finite.
     """
-    world = WORLDS[source]
+    world = STORY_WORLDS[source]
     held_out = [*tell_many(seed, count, "heldout", world=world)]
     scenes = [held_out_scene(index, world)[0] for index in range(count)]
     chat = tokenizer.chat_template is not None if chat is None else chat
@@ -142,7 +142,7 @@ class _Asked:
         texts = {name: self._write(stories, temperature, name) for temperature, name in names.items()}
         told = [story.text for story in stories]
         all_texts = [*told, *(text for ones in texts.values() for text in ones if text is not None)]
-        training = TrainingStories(all_texts, self._shown("novelty"), WORLDS[self.source])
+        training = TrainingStories(all_texts, self._shown("novelty"), STORY_WORLDS[self.source])
         compared = {"training_stories": f"the first {TRAINING_STORIES:,} of seed 0"}
         begun = "on a wish for a hero and a thing" if self.chat else "from the first sentence of a held-out story on"
         recipe = {"written": f"{begun}, at most {MOST_TOKENS} tokens"} | compared

@@ -11,6 +11,7 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.settings import Reads
+from slmkit.data.sources import STORY_WORLDS
 from slmkit.device import Device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
@@ -25,7 +26,6 @@ from slmkit.training.logging.metrics_log import append_samples
 from slmkit.training.loop import Goal, Report, State
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.workflows.context import RecipeContext
-from slmkit.workflows.evaluation.evaluate import STORY_WORLDS
 
 
 class Validate:

@@ -44,6 +44,7 @@ class World:
 
     name: str
     source: str  # what the names of its sources begin with
+    documents: float  # of its whole corpus, relative to the recipes'
     enough: float  # share of its corpus that a model needs to speak well
     model: tuple[str, ...] = ()  # settings of a new model and tokenizer
 
@@ -55,10 +56,11 @@ class World:
 
 # From the largest to the smallest. Nearly every word of each is one token.
 SIZES = (
-    World("whole", "", 1.0),
+    World("whole", "", documents=2.0, enough=0.7),
+    World("middle", "middle-", documents=1.0, enough=0.5, model=("tokenizer.vocab_size=2048",)),
     World(
-        "small", "small-", 0.15,
-        ("tokenizer.vocab_size=1024", "model.hidden_size=96", "model.intermediate_size=288"),
+        "small", "small-", documents=0.5, enough=0.3,
+        model=("tokenizer.vocab_size=1024", "model.hidden_size=96", "model.intermediate_size=288"),
     ),
 )  # fmt: skip
 
@@ -94,7 +96,7 @@ def train_quickstart(
     root, runs, shares = free_path(output), dict[str, RunDirectory](), dict[str, float]()
     tried = try_worlds(target - time.monotonic() - FIXED)
     _tell_the_plan(minutes, target - time.monotonic(), tried, reporter)
-    world, primer = [*tried.items()][-1]
+    world, primer = [*tried.items()][-1]  # primer: seconds of all of it
     left = ALL_PARTS
     for number, (part, about) in enumerate(PARTS.items(), start=1):
         reporter.say(f"\n{number}/4  {about}")
@@ -108,7 +110,8 @@ def train_quickstart(
         values = [f"output_dir={root}/{part}", f"seed={seed}", *_settings(world, part)]
         if runs:
             values.append(f"model.path={[*runs.values()][-1].root}")
-        runs[part] = _train_part(part, values, share, min(began + OVERRUN * planned + FIXED, target), reporter)
+        until = min(began + OVERRUN * planned + FIXED, target)
+        runs[part] = _train_part(part, values, share * world.documents, until, reporter)
         shares[part], left = share, left - length
         primer = (time.monotonic() - began) / (share * length)  # measured anew: the machine's load may change
     return Quickstart(world, runs["stories"], runs["chat"], shares, primer * ALL_PARTS / (1 - EVALUATION), ends)
@@ -121,7 +124,7 @@ def try_worlds(seconds: float) -> dict[World, float]:
     """
     tried = dict[World, float]()
     for world in SIZES:
-        tried[world] = PRIMER_STEPS * _seconds_of_a_step(world)
+        tried[world] = PRIMER_STEPS * world.documents * _seconds_of_a_step(world)
         if affordable_share(seconds, tried[world], ALL_PARTS) >= world.enough:
             break
     return tried
@@ -134,7 +137,7 @@ def _settings(world: World, part: str) -> list[str]:
 
 
 def _train_part(part: str, values: Sequence[str], share: float, until: float, reporter: Reporter) -> RunDirectory:
-    """A run of a part's recipe on a share of its documents, stopped at `until` (`time.monotonic`)."""
+    """A run of a part's recipe on `share` times its documents, stopped at `until` (`time.monotonic`)."""
     every = max(1, round(share * RELATIVE_TIMES[part] * PRIMER_STEPS / EVALUATIONS))
     recipe = load_recipe(find_recipe(f"quickstart-{part}"), [*values, f"train.eval_steps={every}"])
     stop = StopRequested(until)
@@ -188,13 +191,13 @@ def _tell_the_plan(minutes: float, seconds: float, tried: dict[World, float], re
 
 
 def _seconds_of_a_step(world: World) -> float:
-    """Measured seconds of a training step of the world's primer."""
+    """Measured seconds of a training step of a world's primer."""
     recipe = load_recipe(find_recipe("quickstart-primer"), _settings(world, "primer"))
     profile = MemoryProfile(empty_decoder(recipe.model.build_config()))
     return probe(profile, recipe.train, find_device(), steps=6).step_seconds
 
 
 def _shortened(recipe: Recipe, share: float) -> Recipe:
-    """The recipe with a `share` (0 to 1) of its documents."""
+    """The recipe with `share` times its documents."""
     counts = {name: round(share * getattr(recipe.data, name)) for name in ("documents", "primer_documents")}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=counts)})

@@ -31,7 +31,7 @@ from slmkit.data.prepare.open_sources import (
 from slmkit.data.prepare.text_to_shards import Progress, no_progress, prepare_text
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import BUILT_IN, SMALL_STORIES, STORIES, WORLDS, Document, Source
+from slmkit.data.sources import BUILT_IN, STORY_WORLDS, WORLDS, Document, Source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
@@ -130,7 +130,7 @@ def texts_of(
     surveys: dict[str, Survey] | None = None,
 ) -> Iterator[str]:
     """Training text for a tokenizer, an equal amount from every source; files are counted in `surveys` meanwhile."""
-    if data.is_built_in and data.source not in WORLDS:
+    if data.is_built_in and data.source not in [*WORLDS]:
         yield from (BUILT_IN[str(data.source)].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
         # One tokenizer for stories, primer and conversations, since a model is trained on one after the other.
@@ -157,7 +157,7 @@ class _Preparation:
 
     @property
     def _is_stories(self) -> bool:
-        return self.reads == "text" and self.data.source in (STORIES, SMALL_STORIES)
+        return self.reads == "text" and self.data.source in [*STORY_WORLDS]
 
     @property
     def _world(self) -> float:

@@ -12,12 +12,13 @@ from slmkit.data import stories
 from slmkit.data.sources.documents import Document, Judged, Message, Pair, Position
 from slmkit.data.stories.story import primer_text
 from slmkit.data.stories.talk import sum_pair
-from slmkit.data.stories.words import SMALL, WHOLE
+from slmkit.data.stories.words import MIDDLE, SMALL, WHOLE
 
 STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
-# The same of a small world, for a model that is trained for a few minutes on a slow machine.
-SMALL_STORIES, SMALL_PRIMER = "small-stories", "small-primer"
-WORLDS = {STORIES: WHOLE, PRIMER: WHOLE, SMALL_STORIES: SMALL, SMALL_PRIMER: SMALL}  # source → size of its world
+# The same of smaller worlds, for models that are trained for minutes on a slow machine: source → size of its world.
+SIZES = {"": WHOLE, "middle-": MIDDLE, "small-": SMALL}
+STORY_WORLDS = {f"{prefix}{STORIES}": size for prefix, size in SIZES.items()}
+WORLDS = STORY_WORLDS | {f"{prefix}{PRIMER}": size for prefix, size in SIZES.items()}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def _pair(messages: list[Message], right: str, wrong: str) -> Pair:
 
 def _of_world(source: str, world: float) -> BuiltIn:
     def text(seed: int, index: int, held_out: bool) -> str:
-        if source in (PRIMER, SMALL_PRIMER):
-            return primer_text(seed, index, world)
-        return stories.tell(seed, index, world=world).text
+        if source in STORY_WORLDS:
+            return stories.tell(seed, index, world=world).text
+        return primer_text(seed, index, world)
 
     def pair(seed: int, index: int, held_out: bool) -> Pair:
         asked = stories.question_pair(seed, index, world=world)

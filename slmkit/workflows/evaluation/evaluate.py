@@ -19,7 +19,7 @@ from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
 from slmkit.data.prepare.conversations import encoded_rows
-from slmkit.data.sources import SMALL_STORIES, STORIES, open_source
+from slmkit.data.sources import STORY_WORLDS, open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.device import find_device
 from slmkit.evaluation.perplexity import chat_result, text_result, window_and_stride
@@ -34,7 +34,6 @@ from slmkit.training.recipe.recipe import load_recipe
 from slmkit.workflows.evaluation.cache import code_content, digest_of, model_content, stored
 from slmkit.workflows.evaluation.text import read_text
 
-STORY_WORLDS = (STORIES, SMALL_STORIES)  # tasks of our own
 STORED_ANSWERS = {"oracle": True, "wrong": False}  # "models" that no directory has the name of
 SEED = 1234  # of the choice of shots, as lm-eval's default, and of the held-out stories
 

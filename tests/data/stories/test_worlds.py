@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from slmkit.data.sources import BUILT_IN, SMALL_STORIES, STORIES
+from slmkit.data.sources import BUILT_IN, STORIES
 from slmkit.data.stories import (
     Story,
     conversation,
@@ -77,7 +77,7 @@ def test_no_pair_of_hero_and_thing_stands_in_both_of_its_splits(small: list[Stor
         if isinstance(entity, Thing)
     }
     held_out = {(s.hero_kind, s.thing) for s in tell_many(seed=11, count=400, split="heldout", world=SMALL)}
-    assert len(held_out) > 30
+    assert len(held_out) > 20
     assert not train & held_out
 
 
@@ -94,4 +94,4 @@ def test_questions_and_conversations_keep_to_its_words(small: list[Story]) -> No
 
 def test_it_is_a_source_of_its_own() -> None:
     for kind in ("text", "conversations", "pairs"):
-        assert BUILT_IN[SMALL_STORIES].item(kind, 0, 3, False) != BUILT_IN[STORIES].item(kind, 0, 3, False)
+        assert BUILT_IN["small-stories"].item(kind, 0, 3, False) != BUILT_IN[STORIES].item(kind, 0, 3, False)
