@@ -20,7 +20,7 @@ def quickstart(
     output: Annotated[str, typer.Option("--output", "-o", help="The folder for its runs.")] = "runs/quickstart",
     seed: Annotated[int, typer.Option(help="Another seed gives other stories and another model.")] = 0,
     minutes: Annotated[
-        float, typer.Option(min=0.5, help="How long it may take; on a slower machine it trains on fewer stories.")
+        float, typer.Option(min=0.5, help="How long it may take; on a slower machine it learns a smaller world.")
     ] = 5.0,
 ) -> None:
     """Train a small model on built-in stories, in minutes.
@@ -55,6 +55,7 @@ def quickstart(
     for run in (trained.chat, trained.stories):
         print(f"  {suggestion(run.root)}")
     print(f"  slm ui --runs {trained.chat.root.parent}  (a page: chat, curves of the runs, a look inside the model)")
+    print(f"  slm train quickstart-grpo model.path={trained.chat.root} data.source={trained.world.source}stories")
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 
