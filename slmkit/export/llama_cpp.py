@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from slmkit.child import Child, free_port
 from slmkit.config import UserError, importing, one_line
+from slmkit.files.child import Child, free_port
 
 KEY = "SLM_LLAMA_CPP_KEY"  # environment: the key that the child asks of each request
 ERROR = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )?(error loading model: .*|.*GGML_ASSERT.*|.*GGML_ABORT.*)$", re.M)

@@ -438,8 +438,8 @@ def test_a_record_says_which_program_reads_a_folder(model: Path, tmp_path: Path)
     for content, target in (('{"target": "mlx", "kind": "int4"}', "mlx"), ("[]", "hf"), ("{", "hf")):
         copy = Path(shutil.copytree(model, tmp_path / "copy", dirs_exist_ok=True))
         (copy / "parity.json").write_text(content)
-        _, kind, opened = workflow._given(str(copy))
-        assert opened.func is TARGETS[target].open
+        _, kind, make = workflow._given(str(copy))
+        assert make().func is TARGETS[target].open
         assert kind == ("int4" if target == "mlx" else "float32")
 
 
