@@ -121,7 +121,7 @@ def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
     assert 50 * slow * 6 == pytest.approx(250 * (1 - EVALUATION))
 
 
-@pytest.mark.parametrize(("seconds_of_a_step", "world"), [(0.02, "whole"), (0.05, "middle"), (0.2, "small")])
+@pytest.mark.parametrize(("seconds_of_a_step", "world"), [(0.02, "whole"), (0.05, "medium"), (0.2, "small")])
 def test_the_speed_of_the_machine_decides_the_size_of_the_world(
     seconds_of_a_step: float, world: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,4 +177,3 @@ def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_ti
         assert find_model_directory(run.root).is_dir()
         assert (run.root / "latest").resolve().name == "step-000001"
     assert all(share <= 1 for share in trained.shares.values())
-    assert trained.share_in(10) <= trained.share_in(1000) == 1

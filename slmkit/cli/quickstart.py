@@ -49,7 +49,6 @@ def quickstart(
     _show_answers(decoder, tokenizer, trained.world.size)
     _show_story(decoder, tokenizer, time.monotonic() + left / 3)
     _show_figures(trained, decoder, tokenizer)
-    _show_shares(trained, minutes)
     print(f"\nruns: {trained.stories.root} and {trained.chat.root}, after {clock(time.monotonic() - started)}")
     print("next:")
     for run in (trained.chat, trained.stories):
@@ -106,12 +105,6 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
     share = f", {questions.share_right:.1%} (± {questions.standard_error:.1%})" if right and asked >= 50 else ""
     print(f"  questions answered        {right} of {asked} right, word for word{share}")
 
-
-def _show_shares(trained: Quickstart, minutes: float) -> None:
-    """Print the share of the corpus that was read, and the share that more time would allow."""
     names = {"primer": "primer", "stories": "stories", "chat": "conversations"}
     shares = ", ".join(f"{share:.0%} of the {names[part]}" for part, share in trained.shares.items())
-    more = max(10.0, 2 * minutes)
-    if min(trained.shares.values()) < 1:
-        shares += f"\n                            --minutes {more:g} would read about {trained.share_in(more):.0%} here"
-    print(f"  read                      {shares}")
+    print(f"  read                      {shares} of the {trained.world.name} world")

@@ -57,7 +57,7 @@ class World:
 # From the largest to the smallest. Nearly every word of each is one token.
 SIZES = (
     World("whole", "", documents=2.0, enough=0.7),
-    World("middle", "middle-", documents=1.0, enough=0.5, model=("tokenizer.vocab_size=2048",)),
+    World("medium", "medium-", documents=1.0, enough=0.5, model=("tokenizer.vocab_size=2048",)),
     World(
         "small", "small-", documents=0.5, enough=0.3,
         model=("tokenizer.vocab_size=1024", "model.hidden_size=96", "model.intermediate_size=288"),
@@ -67,18 +67,13 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Quickstart:
-    """The runs on stories and conversations, their shares of the corpus, and the time that all of it would take."""
+    """The runs on stories and conversations, and their shares of the world's corpus."""
 
     world: World
     stories: RunDirectory
     chat: RunDirectory
     shares: dict[str, float]  # part → share of its documents
-    whole: float  # seconds for the world's whole corpus, at the measured speed
     ends: float  # deadline, a time of `time.monotonic`
-
-    def share_in(self, minutes: float) -> float:
-        """Approximate share of the corpus that is read in `minutes` on this machine."""
-        return min(1.0, 60 * minutes * (1 - RESERVE) / self.whole)
 
 
 def train_quickstart(
@@ -114,7 +109,7 @@ def train_quickstart(
         runs[part] = _train_part(part, values, share * world.documents, until, reporter)
         shares[part], left = share, left - length
         primer = (time.monotonic() - began) / (share * length)  # measured anew: the machine's load may change
-    return Quickstart(world, runs["stories"], runs["chat"], shares, primer * ALL_PARTS / (1 - EVALUATION), ends)
+    return Quickstart(world, runs["stories"], runs["chat"], shares, ends)
 
 
 def try_worlds(seconds: float) -> dict[World, float]:
@@ -173,11 +168,12 @@ def _tell_the_plan(minutes: float, seconds: float, tried: dict[World, float], re
     if needed(SMALLEST_SHARE) > minutes:
         least = math.ceil(MARGIN * needed(SMALLEST_SHARE))
         raise UserError(f"--minutes {minutes:g}: too short on this machine; it needs at least {least}")
-    for larger, its_primer in [*tried.items()][:-1]:
-        for_larger = math.ceil(needed(larger.enough, its_primer))
+    larger = {one: math.ceil(needed(one.enough, its)) for one, its in tried.items() if one != world}
+    if larger:
+        times = " and ".join(f"the {one.name} one about {its}" for one, its in larger.items())
         reporter.say(
-            f"the {larger.name} world of stories takes about {for_larger} minutes on this machine (--minutes): "
-            f"this model learns a {world.name} one, with {world.size:.0%} of the words and plots"
+            f"this model learns a {world.name} world of stories, with {world.size:.0%} of the words and plots; on this "
+            f"machine larger worlds need more minutes (--minutes): {times}"
         )
     reporter.say(
         f"in {minutes:g} minutes there is time for about {share:.0%} of its corpus; "

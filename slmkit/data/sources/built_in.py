@@ -12,11 +12,11 @@ from slmkit.data import stories
 from slmkit.data.sources.documents import Document, Judged, Message, Pair, Position
 from slmkit.data.stories.story import primer_text
 from slmkit.data.stories.talk import sum_pair
-from slmkit.data.stories.words import MIDDLE, SMALL, WHOLE
+from slmkit.data.stories.words import MEDIUM, SMALL, WHOLE
 
 STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
 # The same of smaller worlds, for models that are trained for minutes on a slow machine: source → size of its world.
-SIZES = {"": WHOLE, "middle-": MIDDLE, "small-": SMALL}
+SIZES = {"": WHOLE, "medium-": MEDIUM, "small-": SMALL}
 STORY_WORLDS = {f"{prefix}{STORIES}": size for prefix, size in SIZES.items()}
 WORLDS = STORY_WORLDS | {f"{prefix}{PRIMER}": size for prefix, size in SIZES.items()}
 

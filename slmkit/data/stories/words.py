@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
-WHOLE, MIDDLE, SMALL = 1.0, 0.35, 0.1  # sizes of the world: the share of its words and plots
+WHOLE, MEDIUM, SMALL = 1.0, 0.35, 0.1  # sizes of the world: the share of its words and plots
 FEWEST_WORDS = 6  # that a smaller world keeps of a list
 HELD_OUT_SHARE = 10  # one pair of hero's kind and thing in ten never occurs in the train split
 
