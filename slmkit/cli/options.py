@@ -50,10 +50,6 @@ SourceOptions = Annotated[
 ]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 
-# Defaults of sampling if neither the user nor the model sets them.
-USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
-
-
 EXAMPLE = "Example: "
 
 
