@@ -24,7 +24,9 @@ def export(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the result goes; default: a name beside the model.")
     ] = None,
-    shard: Annotated[float, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most; for hf.")] = 5.0,
+    shard: Annotated[
+        float | None, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most, for hf; default: 5.")
+    ] = None,
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Allow other types for tensors whose rows do not divide; for gguf.")
     ] = False,

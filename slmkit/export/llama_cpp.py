@@ -15,15 +15,18 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slmkit.child import Child, free_port
 from slmkit.config import UserError, importing, one_line
+
+if TYPE_CHECKING:
+    from slmkit.export.runtimes import Loaded, Stored
 
 KEY = "SLM_LLAMA_CPP_KEY"  # environment: the key that the child asks of each request
 ERROR = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )?(error loading model: .*|.*GGML_ASSERT.*|.*GGML_ABORT.*)$", re.M)
@@ -44,7 +47,7 @@ def server_command(gguf: Path, port: int, **options: str | int | bool) -> list[s
 class LlamaCpp:
     """A GGUF in llama.cpp on one thread, with a float32 KV cache: as exact as the file's types allow."""
 
-    name = "llama.cpp"
+    name, rounds_activations = "llama.cpp", True
     composes = False  # it has no normalizer: text that is not in normal form C gets other ids
     # Nats of a log-probability: llama.cpp has GELU as a float16 table, also for float32 weights. Measured: up to 0.014.
     gelu_error = 0.03
@@ -74,6 +77,12 @@ class LlamaCpp:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def stored(self, loaded: Loaded) -> Iterable[Stored]:
+        """The matrices of the file."""
+        from slmkit.export.gguf import matrices_of  # here, since it imports torch, which a child does without
+
+        return matrices_of(self.gguf, loaded)
 
     def close(self) -> None:
         self.connection.close()
