@@ -295,14 +295,12 @@ def matrices_of(gguf: Path, loaded: Loaded) -> Iterator[Stored]:
     names = stored_names(state, family_of(config.model_type))
     for planned in tensors_of(config, a, loader_of(config, a)):
         if len(planned.shape) > 1 and planned.name in found:
-            data, type_ = found[planned.name].data, found[planned.name].tensor_type
-            rows, columns = (
-                sum(len(state[name]) for name in names[planned.source]),
-                state[names[planned.source][0]].size(1),
-            )
-            places = planned.change(torch.arange(rows * columns).view(rows, columns))
-            values, group = torch.tensor(quants.dequantize(data, type_)), max(32, GGML_QUANT_SIZES[type_][0])
-            yield Stored(planned.name, names[planned.source], values, type_.name, group, places)
+            ours, one = names[planned.source], found[planned.name]
+            whole = torch.cat([state[name] for name in ours])  # [out, in]
+            places = planned.change(torch.arange(whole.numel()).view(whole.shape))
+            values = torch.tensor(quants.dequantize(one.data, one.tensor_type))
+            group = max(32, GGML_QUANT_SIZES[one.tensor_type][0])
+            yield Stored(planned.name, ours, values, one.tensor_type.name, group, places)
 
 
 def _keys_and_values(a: Architecture, block: str, source: str) -> Iterator[PlannedTensor]:

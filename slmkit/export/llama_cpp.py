@@ -199,11 +199,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("slmkit.export.llama_cpp")
     parser.add_argument("gguf")
     parser.add_argument("port", type=int)
-    parser.add_argument("--context", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--alias", default="")
-    parser.add_argument("--exact", default=False)
+    usual: dict[str, Any] = {"context": 0, "parallel": 1, "threads": 0, "alias": "", "exact": False}
+    for name, value in usual.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     asked = parser.parse_args()
     library = import_xllamacpp()
     settings = library.CommonParams()

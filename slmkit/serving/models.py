@@ -21,16 +21,7 @@ from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling_settings import USUAL, USUAL_IN_CHAT, SamplingSettings
 from slmkit.generation.text import end_tokens
-from slmkit.serving.protocol import (
-    JSON,
-    MOST_ROWS,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Generation,
-    Tool,
-    several,
-)
+from slmkit.serving.protocol import JSON, MOST_ROWS, ApiError, ChatRequest, CompletionRequest, Generation, Tool, several
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_prompt import CallFormat
 
