@@ -5,12 +5,16 @@ python benchmarks/data.py            # three minutes on two cores; SLMKIT_LITDAT
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
 import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,24 +27,22 @@ import numpy as np
 from benchmarks.data_peers import measure_peers, plain_tokenizer
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
-from slmkit.data.shards.reader import TokenShards
+from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment
-from slmkit.workflows.bench import (
-    FIRST_BATCH,
-    ROW,
-    ROWS,
-    TEMPLATES,
-    corpus,
-    run_python,
-    seconds,
-    talks_of,
-    write_sparse_shards,
-)
+from slmkit.workflows.bench import ROW, ROWS, VOCABULARY, corpus, seconds, talks_of
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 ROUNDS = 5
+SHARD_TOKENS = 1 << 28
+TEMPLATES = ("chatml", "llama3", "gemma")
+FIRST_BATCH = f"""
+import sys
+from slmkit.data.shards.reader import TokenShards
+from slmkit.data.stream import PretrainRows, Stream
+Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)
+"""
 Result = dict[str, Any]
 
 
@@ -160,6 +162,27 @@ def _resumed(folder: Path, step: int) -> object:
 def _peak_memory() -> float:
     """Peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
+    """Shards of `tokens` tokens, all 0, as sparse files that take no disk space."""
+    folder.mkdir(parents=True)
+    names = [f"{number:05}" for number in range(-(-tokens // SHARD_TOKENS))]
+    for name in names:
+        (folder / f"{name}.tokens").touch()
+        os.truncate(folder / f"{name}.tokens", 2 * SHARD_TOKENS)
+        np.array([SHARD_TOKENS], dtype="<i8").tofile(folder / f"{name}.ends")
+    header = Header(
+        dtype="uint16", tokenizer="", vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1,
+        tokens=SHARD_TOKENS * len(names), documents=len(names), text_bytes=0, sources=[], masked=False,
+        perfect_loss=None, shards=[Shard(name, SHARD_TOKENS, 1, {}) for name in names],
+    )  # fmt: skip
+    (folder / HEADER).write_text(json.dumps(dataclasses.asdict(header)))
+    return TokenShards.open(folder)
+
+
+def run_python(code: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
 def first_batch(folder: Path, rounds: int = ROUNDS) -> Result:

@@ -30,7 +30,7 @@ from slmkit.device import keep_freed_memory
 from slmkit.evaluation.intervals import estimate
 from slmkit.evaluation.perplexity import text_result
 from slmkit.evaluation.results import Item, TaskResult
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.runs import Quiet
 from slmkit.data.sources import BUILT_IN
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment

@@ -41,7 +41,7 @@ from typing import Any
 from benchmarks.figures import spread
 from benchmarks.load import Reply, load
 from slmkit.data.stories import conversation
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 
 CHAT = "/v1/chat/completions"
 CLIENTS, REQUESTS, TEXTS, ALONE = 200, 1_000, 100, 20

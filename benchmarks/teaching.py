@@ -29,7 +29,7 @@ from slmkit.data.stories import held_out_questions, tell_many
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import ask, validation_loss
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation.ensemble import LanguageModel, together
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import environment

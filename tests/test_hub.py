@@ -16,8 +16,8 @@ from slmkit import SLMConfig, SLMEnsemble, SLMForCausalLM, SLMTokenizer, UserErr
 from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.cli.show import load_for_generation
 from slmkit.config import load_settings
-from slmkit.find import find_model_directory, find_tokenizer_directory
-from slmkit.hub import HubName, at_commit, hub_name
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.hub import HubName, at_commit, hub_name
 from slmkit.model.files.adapter_directory import base_of
 from slmkit.training.recipe.recipe import Recipe, load_recipe
 from slmkit.workflows.context import SILENCE

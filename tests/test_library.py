@@ -121,6 +121,6 @@ def test_every_public_name_is_there() -> None:
 
 def test_tokenizing_loads_no_torch() -> None:
     """`slm tokenizer` and `slm data` would wait seconds for it."""
-    code = "import slmkit.cli, slmkit.data, slmkit.tokenizer, slmkit.find, sys; print('torch' in sys.modules)"
+    code = "import slmkit.cli, slmkit.data, slmkit.tokenizer, slmkit.files.find, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -14,7 +14,7 @@ from slmkit.data.stories import held_out_questions
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device
 from slmkit.evaluation import LossReport, ask, validation_loss
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.files.directory import load_decoder
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.recipe.recipe import Recipe, find_recipe, load_recipe

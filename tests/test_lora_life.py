@@ -14,7 +14,7 @@ from slmkit import SLMForCausalLM, SLMTrainer, TextDataset, UserError
 from slmkit.adapt.adapter import trained_tensors
 from slmkit.adapt.load import load_adapted, load_model
 from slmkit.adapt.lora import fold
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.files.adapter_directory import LoRASettings

@@ -16,19 +16,16 @@ PACKAGE = Path(__file__).parent.parent / "slmkit"
 MODULES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(source) for name, source in MODULES.items()}
 
-BASE = {"child", "config", "device", "files", "hub", "find"}
+BASE = {"config", "device", "files"}
 ROOMS = {"model", "tokenizer", "data", "training", "adapt", "generation", "evaluation", "export", "serving"}
 GENERATION = BASE | {"model", "tokenizer"}
 MAY_IMPORT = {
-    "child": set(),
     "config": set(),
     "device": set(),
-    "files": set(),
-    "hub": {"config"},
-    "find": {"config", "hub"},
+    "files": {"config"},  # for its messages
     "model": BASE,
     "tokenizer": BASE,
-    "data": {"config", "files", "hub", "tokenizer"},
+    "data": {"config", "files", "tokenizer"},
     "training": BASE | {"model", "data"},
     "adapt": BASE | {"model"},
     "generation": GENERATION,
@@ -41,13 +38,14 @@ MAY_IMPORT = {
 # Lines of code: no blank lines, comments or docstrings. The goal of the design is 18,000 for the whole package, with
 # export and evaluation in it; today's figures are above it, and a room may not grow beyond them.
 CODE_LINES = {
-    "": 30_830, "adapt": 1_455, "api": 610, "cli": 2_005, "data": 5_682, "evaluation": 2_510, "export": 2_145,
-    "generation": 1_610, "model": 2_260, "serving": 1_728, "tokenizer": 1_490, "training": 4_465, "workflows": 4_062,
+    "": 30_633, "adapt": 1_450, "api": 604, "cli": 1_853, "data": 5_682, "evaluation": 2_509, "export": 2_198,
+    "files": 379, "generation": 1_608, "model": 2_248, "serving": 1_728, "tokenizer": 1_488, "training": 4_459,
+    "workflows": 3_955,
 }  # fmt: skip
 LINES_IN_A_FILE = 400
 LEAST_LINES_IN_A_FILE = 40
 SMALL_FILES = {  # each is a thing of its own, that others would not be looked for in
-    "__main__.py", "cli/__main__.py", "files.py",
+    "__main__.py", "cli/__main__.py",
     "model/norms.py",
 }  # fmt: skip
 ENTRIES_IN_A_FOLDER = 20
@@ -69,10 +67,10 @@ WALKS = {
         "training/loop:train training/objective:NextToken.__call__ model/decoder:Decoder.forward model/attend:attend",
     ),
     "`sliding_window` in a recipe → the kernel": (
-        8,
+        7,
         "workflows/model:model_for training/recipe/recipe:ModelSettings.build_config "
         "model/config:SLMConfig.from_preset model/initialization:build_decoder model/architectures:architecture_of "
-        "model/decoder:Decoder model/context:Context model/attend:attend",
+        "model/decoder:Decoder model/attend:attend",
     ),
     "a config → the decoder": (
         3,

@@ -25,7 +25,7 @@ from slmkit.adapt.adapter_config import AdapterConfig, adapter_config, read_adap
 from slmkit.adapt.lora import DoRALinear, LoRALinear, adapted_linears, expect_plain, keep_base_in, modules_to_save
 from slmkit.adapt.swapping import linear, linears, matching, replace
 from slmkit.config import UserError
-from slmkit.hub import hub_name, pinned_name
+from slmkit.files.hub import hub_name, pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.families import Family, family_of

@@ -20,7 +20,7 @@ from slmkit.adapt.quantized_files import save_quantized
 from slmkit.config import UserError, load_settings, methods_checked
 from slmkit.data.packing import IGNORED
 from slmkit.device import DeviceError, checked_device
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.generation.ensemble import Ensemble, common_tokenizer
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings

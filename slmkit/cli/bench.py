@@ -8,11 +8,12 @@ import typer
 
 from slmkit.cli.options import DeviceName, Overrides, new_app
 
+RECIPE = "A recipe file, a name that `slm recipes` lists, or a preset."
+MODELS = "Presets, models or runs; default: quickstart."
+
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file, a name that `slm recipes` lists, or a preset.")
-    ] = "quickstart",
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help=RECIPE)] = "quickstart",
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=4, help="How many steps; they take at most some 20 seconds.")] = 20,
 ) -> None:
@@ -44,9 +45,7 @@ def train(
 
 
 def decode(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]", help="Presets, models or runs; default: quickstart.")
-    ] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help=MODELS)] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     new: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
@@ -74,20 +73,17 @@ def decode(
 
 def data(
     megabytes: Annotated[float, typer.Option(help="How much built-in text to encode.")] = 20,
-    gigabytes: Annotated[
-        float, typer.Option(help="Size of the shards to read from; they take no room on the disk.")
-    ] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
 ) -> None:
     """Measure how fast data is prepared and loaded.
 
-    Encoding, preparation, loading, resuming, and the time to the first batch; medians.
+    Encoding, preparation, loading and resuming; medians.
 
-    Example: slm bench data --megabytes 5 --gigabytes 1 --rounds 2
+    Example: slm bench data --megabytes 5 --rounds 2
     """
     from slmkit.workflows.bench import data_speed
 
-    for name, figures in data_speed(megabytes, gigabytes, rounds):
+    for name, figures in data_speed(megabytes, rounds):
         print(name)
         for figure, value in figures.items():
             print(f"  {figure:<34}{value:>24,.{2 if value < 1000 else 0}f}", flush=True)

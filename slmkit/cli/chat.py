@@ -35,19 +35,17 @@ What can be typed beside messages:
 /quit          leave, as Ctrl-D does; Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one.
 A message that begins with """ goes on to the next """.'''
+MOST = "Stop an answer after this many tokens; default: what the model advises, or 300."
 FILE = "chat.json"  # of /save and /load without a name
 YOU, MODEL, MORE, QUOTES = "you> ", "model> ", "...> ", '"""'
 CUT = {"length": "cut at {} tokens: --max-new-tokens allows more", "context": "cut: the model's context is full"}
 
 
-@options.with_sampling
+@options.with_options(options.SAMPLING)
 def chat(
     model: options.ModelPath,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop an answer after this many tokens; default: what the model advises, or 300."),
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help=MOST)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are: no Markdown, no colours.")] = False,
     others: options.OtherModels = None,
     device: options.DeviceName = "auto",
@@ -63,7 +61,7 @@ def chat(
     from slmkit.generation.sampling_settings import USUAL_IN_CHAT
 
     decoder, tokenizer, settings, advice = open_model(model, others, device, USUAL_IN_CHAT, sampling)
-    from slmkit.find import learned_conversations
+    from slmkit.files.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens
 

@@ -47,7 +47,7 @@ def prepare(
     from slmkit.cli.show import TerminalReporter, counted, progress_bar
     from slmkit.config import load_settings
     from slmkit.data.settings import CleaningSettings
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
 
     reads = _kind_of_rows(chat, pairs, judged, bool(clean or ray or shuffle is not None), length)
     cleaning = load_settings(CleaningSettings, {}, clean or [])
@@ -99,9 +99,7 @@ def _kind_of_rows(chat: bool, pairs: bool, judged: bool, of_text: bool, length: 
 
 
 def inspect(
-    shards: Annotated[
-        str, typer.Argument(help="A file or folder of text or rows, or a directory of shards.", metavar="PATH")
-    ],
+    shards: Annotated[str, typer.Argument(metavar="PATH", help="A file or folder of text or rows, or shards.")],
     tokenizer: Annotated[str | None, typer.Option(help="The tokenizer to show documents with.")] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many documents or rows to show.")] = 2,
     source: SourceOptions = None,
@@ -121,7 +119,7 @@ def inspect(
         samples_of_source,
     )
     from slmkit.data.shards.reader import TokenShards
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
     loaded = None if tokenizer is None else SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))

@@ -41,7 +41,7 @@ def explain(error: BaseException, command: str) -> int:
         return 0
     name = "slm" if rank is None else f"slm: rank {rank}"
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer: a wrong option or argument
-        message = error.format_message().replace("Input should be", "it should be")
+        message = error.format_message().replace("Input should be", "it should be").replace("Value error, ", "")
         path = getattr(getattr(error, "ctx", None), "command_path", "slm")
         _say(name, f"{message[:1].lower()}{' '.join(message[1:].split()).rstrip('.')} (see `{path} --help`)")
         return int(error.exit_code)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slmkit.cli.options import DeviceName, Precision, RunPath, SourceOptions, sources_of
+from slmkit.cli.options import DeviceName, Options, Precision, RunPath, SourceOptions, sources_of, with_options
 from slmkit.config import UserError
 
 if TYPE_CHECKING:
@@ -19,89 +18,66 @@ if TYPE_CHECKING:
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories, adapters or runs.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="A JSON file for figures, recipes, items.")]
-# Options that `eval` and `compare` have in common: name → type, default, spellings, help.
-OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
-    "tasks": (str | None, None, ("--tasks",), "Tasks with commas between them, such as hellaswag,arc,stories."),
-    "text": (
-        list[str] | None, None, ("--text", "--data", "-d"),
-        "A file, folder, URL, data set of the hub, or wikitext-2; may be given several times.",
-    ),
-    "chat": (bool, False, ("--chat",), "The text is conversations; the assistant's turns are predicted."),
-    "window": (int | None, None, ("--window", "--length"), "Tokens read at once; default: the context, at most 2,048."),
-    "stride": (
-        int | None, None, ("--stride",),
-        "Tokens by which the window moves on; default: half of it. More is faster and gives tokens less context.",
-    ),
-    "joined": (bool, False, ("--joined",), "All documents are read as one stream, not each apart."),
-    "task_data": (str | None, None, ("--task-data",), "A folder with the tasks' files; default: the hub."),
-    "limit": (int | None, None, ("--limit",), "Only the first documents of each task or text."),
-    "shots": (int | None, None, ("--shots",), "Examples in a prompt; default: as many as the task says."),
-    "template": (str, "auto", ("--template",), "Ask tasks as conversations: chat, none, or auto: if it learned some."),
-    "max_new_tokens": (int | None, None, ("--max-new-tokens",), "Of an answer; default: as many as the task says."),
-    "samples": (int, 1, ("--samples",), "Answers to each problem of code tasks, for pass@k."),
-    "temperature": (float | None, None, ("--temperature",), "At which these answers are drawn."),
-    "unsafe_code": (
-        bool, False, ("--unsafe-code",),
-        "Where there is no sandbox, run the programs of code tasks with limits of time and memory alone.",
-    ),
-    "no_cache": (bool, False, ("--no-cache",), "Evaluate again what was evaluated before."),
-}  # fmt: skip
-LEAST = {"window": 2, "stride": 1, "limit": 1, "shots": 0, "max_new_tokens": 1, "samples": 1, "temperature": 0}
+TWO_OR_MORE = "Models as for `slm eval`, two or more; the first one is A."
+RESULTS = "What `slm eval --output` wrote; default: evaluations of RUN that are still known."
+TEXT = "A file, folder, URL, data set of the hub, or wikitext-2; may be given several times."
+STRIDE = "Tokens by which the window moves on; default: half of it. More is faster and gives tokens less context."
+TASK_DATA = "A folder with the tasks' files; default: the hub."
+WINDOW = "Tokens read at once; default: the context, at most 2,048."
+TEMPLATE = "Ask tasks as conversations: chat, none, or auto: if it learned some."
+UNSAFE = "Where there is no sandbox, run the programs of code tasks with limits of time and memory alone."
+Count = int | None
+# Options that `eval` and `compare` have in common.
+OPTIONS: Options = {
+    "tasks": (Annotated[str | None, typer.Option(help="Tasks with commas between them, such as arc,stories.")], None),
+    "text": (Annotated[list[str] | None, typer.Option("--text", "--data", "-d", help=TEXT)], None),
+    "source": (SourceOptions, None),
+    "chat": (Annotated[bool, typer.Option("--chat", help="The text is conversations; answers are predicted.")], False),
+    "window": (Annotated[Count, typer.Option("--window", "--length", min=2, help=WINDOW)], None),
+    "stride": (Annotated[Count, typer.Option(min=1, help=STRIDE)], None),
+    "joined": (Annotated[bool, typer.Option("--joined", help="All documents are one stream, not each apart.")], False),
+    "task_data": (Annotated[Path | None, typer.Option(exists=True, file_okay=False, help=TASK_DATA)], None),
+    "limit": (Annotated[Count, typer.Option(min=1, help="Only the first documents of each task or text.")], None),
+    "shots": (Annotated[Count, typer.Option(min=0, help="Examples in a prompt; default: as the task says.")], None),
+    "template": (Annotated[Literal["auto", "chat", "none"], typer.Option(help=TEMPLATE)], "auto"),
+    "max_new_tokens": (Annotated[Count, typer.Option(min=1, help="Of an answer; default: as the task says.")], None),
+    "samples": (Annotated[int, typer.Option(min=1, help="Answers to each problem of code tasks, for pass@k.")], 1),
+    "temperature": (Annotated[float | None, typer.Option(min=0, help="At which these answers are drawn.")], None),
+    "unsafe_code": (Annotated[bool, typer.Option("--unsafe-code", help=UNSAFE)], False),
+    "cache": (Annotated[bool, typer.Option("--cache/--no-cache", help="Take what was evaluated before.")], True),
+    "device": (DeviceName, "auto"),
+    "precision": (Precision, "auto"),
+}
 RECIPE_WIDTH = 100  # columns
 STORED_ANSWERS = ("oracle", "wrong")  # in place of a model: right and wrong answers
 FOR_TEXT = ("source", "chat", "window", "stride", "joined")
 FOR_TASKS = ("task_data", "shots", "template", "max_new_tokens", "samples", "temperature", "unsafe_code")
 
 
-def with_evaluation(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each of `OPTIONS`, which it gets as `**options`."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    kinds = {"source": (SourceOptions, None), "device": (DeviceName, "auto"), "precision": (Precision, "auto")}
-    for name, (kind, default, spellings, about) in OPTIONS.items():
-        kinds[name] = Annotated[kind, typer.Option(*spellings, help=about, min=LEAST.get(name))], default
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in kinds.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-    return command
-
-
-def settings_of(models: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(models: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `evaluate`. Raises `UserError` for options that do not belong together, and for what is not there."""
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.workflows.evaluation.text import find_text
 
-    given = {name: value for name, value in options.items() if value != OPTIONS.get(name, (None, None))[1]}
-    if not given.keys() & {"tasks", "text"}:
+    tasks = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+    if not tasks and not options["text"]:
         raise UserError("nothing to evaluate on: give --text FILE, --tasks NAMES, or both")
-    for needed, names in (("text", FOR_TEXT), ("tasks", FOR_TASKS)):
-        if needed not in given and (alone := [name for name in names if name in given]):
+    for needed, names, is_given in (("text", FOR_TEXT, options["text"]), ("tasks", FOR_TASKS, tasks)):
+        alone = [name for name in names if not is_given and options[name] != OPTIONS[name][1]]
+        if alone:
             raise UserError(f"--{alone[0].replace('_', '-')} is for --{needed}, which is not given")
     if options["chat"] and options["joined"]:
         raise UserError("--joined is for plain text: conversations (--chat) are each read apart")
-    if options["template"] not in ("auto", "chat", "none"):
-        raise UserError(f"--template {options['template']}: expected auto, chat or none")
-    tasks = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
-    if options["tasks"] is not None and not tasks:
-        raise UserError("--tasks: no name in it")
-    folder = None if options["task_data"] is None else Path(options["task_data"])
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--task-data {folder}: no such folder")
     texts = sources_of([find_text(path) for path in options["text"] or []], options["source"])
     for model in models:
         if model not in STORED_ANSWERS or Path(model).exists():
             find_model_directory(model)
-    same = ("limit", "shots", "window", "stride", "joined", "max_new_tokens", "samples", "temperature", "unsafe_code")
-    return {
-        "tasks": tasks, "text": texts, "conversations": options["chat"], "task_data": folder,
-        "chat_template": options["template"], "cache": not options["no_cache"], "device": options["device"],
-        "precision": options["precision"], **{name: options[name] for name in same},
-    }  # fmt: skip
+    same = {name: value for name, value in options.items() if name not in ("source", "chat", "template")}
+    named = {"tasks": tasks, "text": texts, "conversations": options["chat"], "chat_template": options["template"]}
+    return same | named
 
 
-@with_evaluation
+@with_options(OPTIONS)
 def eval_(
     models: Models,
     output: Output = None,
@@ -142,17 +118,11 @@ def eval_(
     print_recipes(found)
 
 
-@with_evaluation
+@with_options(OPTIONS)
 def compare(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Models as for `slm eval`, two or more; the first one is A.")
-    ],
-    results: Annotated[
-        bool, typer.Option("--results", help="Compare files that `slm eval --output` wrote, instead of models.")
-    ] = False,
-    picture: Annotated[
-        str | None, typer.Option("--picture", help="A picture of the differences: .png, .svg or .pdf.")
-    ] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=TWO_OR_MORE)],
+    results: Annotated[bool, typer.Option("--results", help="MODEL: files that `slm eval --output` wrote.")] = False,
+    picture: Annotated[str | None, typer.Option(help="A picture of the differences: .png, .svg or .pdf.")] = None,
     output: Output = None,
     **options: Any,
 ) -> None:
@@ -251,13 +221,7 @@ def stated(recipe: Mapping[str, Any]) -> str:
 def report(
     run: RunPath,
     output: Annotated[str | None, typer.Option("--output", "-o", help="The file; default: RUN/report.html.")] = None,
-    results: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="What `slm eval --output` wrote; default: evaluations of RUN that are still known.",
-        ),
-    ] = None,
+    results: Annotated[list[str] | None, typer.Option(metavar="FILE.json", help=RESULTS)] = None,
 ) -> None:
     """Write all that is known of a run into one HTML file.
 
@@ -266,12 +230,11 @@ def report(
 
     Example: slm report runs/book -o book.html
     """
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     root = find_run(run)
     path = root / "report.html" if output is None else Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: expected the name of a file in a folder that exists")
+    expect_new_file("--output", str(path))
     from slmkit.workflows.evaluation.report import write_report  # imports torch: after the arguments were checked
 
     print(write_report(root, path, results or ()))

@@ -14,25 +14,22 @@ if TYPE_CHECKING:
     from slmkit.export.gguf_types import PlannedTensor
     from slmkit.workflows.export import Verdict
 
+TYPE = "How weights are stored, such as Q4_K_M, int8 or bfloat16."
+OUTPUT = "Where the result goes; default: a name beside the model."
+SHARD = "Gigabytes of a file of weights, at most, for hf; default: 5."
+FALLBACK = "Allow other types for tensors whose rows do not divide; for gguf."
+UNVERIFIED = "Write it also if the program that would check it is not installed."
+FILES = "GGUFs, pages and folders made of MODEL, by slmkit or another program."
+
 
 def export(
     model: ModelPath,
     to: Annotated[str, typer.Option("--to", help="gguf, html, onnx, hf, ollama, mlx or space.")],
-    kind: Annotated[
-        str | None, typer.Option("--type", help="How weights are stored, such as Q4_K_M, int8 or bfloat16.")
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Where the result goes; default: a name beside the model.")
-    ] = None,
-    shard: Annotated[
-        float | None, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most, for hf; default: 5.")
-    ] = None,
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Allow other types for tensors whose rows do not divide; for gguf.")
-    ] = False,
-    unverified: Annotated[
-        bool, typer.Option("--unverified", help="Write it also if the program that would check it is not installed.")
-    ] = False,
+    kind: Annotated[str | None, typer.Option("--type", help=TYPE)] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
+    shard: Annotated[float | None, typer.Option(min=0.001, help=SHARD)] = None,
+    allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help=FALLBACK)] = False,
+    unverified: Annotated[bool, typer.Option("--unverified", help=UNVERIFIED)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Write a model for another program, and check it there.
@@ -45,7 +42,7 @@ def export(
     Example: slm export runs/book --to hf --type bfloat16
     """
     from slmkit.cli.show import progress_bar
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.export import Request, plan_of, record_of
@@ -55,17 +52,14 @@ def export(
     if plan := plan_of(model, request):
         print_plan(plan)
     with progress_bar("export") as show:
-        path, parity = export_model(model, request, lambda line: show(line, None))
+        path, parity = export_model(model, request, show)
     print(f"{to}: {path}")
     print(f"compared: {figures(parity) if parity else 'no, since the program is not installed'}; {record_of(path)}")
 
 
 def verify(
     model: ModelPath,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE]", help="GGUFs, pages and folders made of MODEL, by slmkit or another program."),
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE]", help=FILES)] = None,
 ) -> None:
     """Compare a model in every runtime that is installed.
 
@@ -76,13 +70,13 @@ def verify(
     Example: slm verify runs/book runs/book-F16.gguf
     """
     from slmkit.cli.show import progress_bar
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.export import verify as verify_model
 
     with progress_bar("verify") as show:
-        verdicts = verify_model(model, files or [], lambda line: show(line, None))
+        verdicts = verify_model(model, files or [], show)
     print_verdicts(verdicts)
     if any(one.is_wrong for one in verdicts):
         raise typer.Exit(1)
@@ -117,28 +111,24 @@ def figures(parity: Parity) -> str:
 
 def print_verdicts(verdicts: list[Verdict]) -> None:
     """A table of what was compared, then a line for each runtime that was not, or that differs."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from slmkit.cli.show import print_table
 
-    columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[2:9]:
-        column.justify = "right"
+    rows = []
     for one in verdicts:
         if one.parity is None:
             continue
         ids, chats, _, predicted, greedy, *_ = one.parity.checks.values()
         same = (f"{each['compared'] - each['different']:,}/{each['compared']:,}" for each in (ids, chats))
         apart = (f"{predicted[name]:.2g}" if predicted else "?" for name in ("max_abs", "mean_kl"))
-        table.add_row(
-            escape(one.runtime), one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
-            f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
-            "[red]differs[/]" if one.is_wrong else "same",
+        rows.append(
+            (
+                one.runtime, one.kind, f"{one.parity.size / 1e6:,.1f}", *same, *apart,
+                f"{greedy['equal']}/{greedy['compared']}", f"{one.parity.tokens_per_second:,.0f}",
+                "differs" if one.is_wrong else "same",
+            )
         )  # fmt: skip
-    console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else 240
-    console.print(table)
-    for one in [one for one in verdicts if one.problem]:
-        console.print(f"{one.runtime} {one.kind}: {one.problem}", soft_wrap=True, markup=False)
+    columns = ("runtime", "weights", "MB", "ids", "prompts", "nats apart", "divergence", "greedy", "tokens/s", "")
+    print_table(columns, rows, right=columns[2:9])
+    for one in verdicts:
+        if one.problem:
+            print(f"{one.runtime} {one.kind}: {one.problem}")

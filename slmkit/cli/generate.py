@@ -33,58 +33,30 @@ if TYPE_CHECKING:
 STANDARD_OUTPUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
 RESULTS = {"sample", "text", "finish_reason", "tokens"}  # what --output adds to a row
 
-Prompt = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[PROMPT]", help="The text to continue, in quotes; - reads it from standard input; default: none."
-    ),
-]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Many prompts, one a line: text, or JSON with `prompt` or `messages`; -: standard input.",
-    ),
-]
-Output = Annotated[
-    str | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write each text there as a line of JSON; -: standard output."),
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Stop after this many tokens; default: what the model advises, or 200.")
-]
-Samples = Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations of each prompt.")]
-Crop = Annotated[bool, typer.Option("--crop", help="Of a prompt that is too long, keep the end that fits.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
-JSONSchema = Annotated[str | None, typer.Option(metavar="FILE", help="The text is JSON that this schema accepts.")]
-Regex = Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")]
-Draft = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL2", help="Be faster: a smaller model of the same tokenizer guesses several tokens at once."
-    ),
-]
-Lookup = Annotated[
-    bool, typer.Option("--lookup", help="Be faster where a text repeats itself: guess that it goes on as before.")
-]
-Choice = Annotated[list[str] | None, typer.Option(help="The text is one of these; to be given several times.")]
+PROMPT = "The text to continue, in quotes; - reads it from standard input; default: none."
+PROMPTS = "Many prompts, one a line: text, or JSON with `prompt` or `messages`; -: standard input."
+OUTPUT = "Write each text there as a line of JSON; -: standard output."
+MOST = "Stop after this many tokens; default: what the model advises, or 200."
+CHOICE = "The text is one of these; to be given several times."
+DRAFT = "Be faster: a smaller model of the same tokenizer guesses several tokens at once."
+LOOKUP = "Be faster where a text repeats itself: guess that it goes on as before."
 
 
-@options.with_sampling
+@options.with_options(options.SAMPLING)
 def generate(
     model: options.ModelPath,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    output: Output = None,
-    max_new_tokens: MaxNewTokens = None,
-    samples: Samples = 1,
-    crop: Crop = False,
-    stop: Stop = None,
-    json_schema: JSONSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
-    draft: Draft = None,
-    lookup: Lookup = False,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help=PROMPT)] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help=PROMPTS)] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help=OUTPUT)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help=MOST)] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many continuations of each prompt.")] = 1,
+    crop: Annotated[bool, typer.Option("--crop", help="Of a prompt that is too long, keep the end that fits.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    json_schema: Annotated[str | None, typer.Option(metavar="FILE", help="JSON that this schema accepts.")] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help=CHOICE)] = None,
+    draft: Annotated[str | None, typer.Option(metavar="MODEL2", help=DRAFT)] = None,
+    lookup: Annotated[bool, typer.Option("--lookup", help=LOOKUP)] = False,
     others: options.OtherModels = None,
     device: options.DeviceName = "auto",
     **sampling: Any,
@@ -186,7 +158,7 @@ def _speculation(
     model: str, draft: str | None, lookup: bool, decoder: LanguageModel, device: str
 ) -> Speculation | None:
     """Raises `UserError` for a draft model of another vocabulary."""
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.generation.ensemble import common_tokenizer
     from slmkit.generation.speculation import DraftModel, PromptLookup
 

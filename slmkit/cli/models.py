@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from slmkit.cli.options import ModelPath, Overrides, PrintConfig
 
+LENGTH = "Tokens in a sequence; default: the model's context, at most 2048."
+WHAT = "The YAML file of a merge; with --adapter, a model or a run."
+ADAPTER = "Merge this adapter, or a run that trained one, into MODEL; may be given several times."
+MERGED = "With --adapter: where the result goes; default: MODEL-merged."
+KINDS = "int8, int4 or nf4; several make several directories, in one table."
+QUANTIZED = "Where the result goes; default: MODEL-int4 and so on."
+GROUP = "Weights with one scale: 32, 64 or 128; default: 32, for nf4 64."
+EMBEDDING = "int8: smaller and faster, and only slmkit reads the result."
+METHOD = "For 4 bits; gptq, unless rounding is better on held-out text."
+CALIBRATION = "Text like what the model will write: a file, folder, URL, or the built-in stories."
+TEXT = "Text for the perplexity; default: calibration text that was held out."
+
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a model, a run, or OWNER/NAME of the hub.")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a sequence; default: the model's context, at most 2048.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help=LENGTH)] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, muon or lion.")] = "adamw",
 ) -> None:
@@ -55,20 +65,10 @@ def inspect(
 
 
 def merge(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE_OR_MODEL", help="The YAML file of a merge; with --adapter, a model or a run."),
-    ],
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_MODEL", help=WHAT)],
     overrides: Overrides = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="Merge this adapter, or a run that trained one, into MODEL; may be given several times."
-        ),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="With --adapter: where the result goes; default: MODEL-merged.")
-    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help=ADAPTER)] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help=MERGED)] = None,
     print_config: PrintConfig = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that the models fit together, and stop.")] = False,
 ) -> None:
@@ -94,7 +94,7 @@ def merge(
 
 def _merge_adapters(model: str, adapters: list[str], output: str | None) -> None:
     from slmkit.cli.show import suggestion
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.model.files.adapter_directory import find_adapter
 
     find_model_directory(model)
@@ -110,7 +110,7 @@ def _merge_adapters(model: str, adapters: list[str], output: str | None) -> None
 def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool) -> None:
     from slmkit.adapt.merge_recipe import load_merge_recipe
     from slmkit.config import to_yaml
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.training.recipe.recipe import find_recipe
 
     loaded = load_merge_recipe(recipe if Path(recipe).exists() else find_recipe(recipe, "merging"), overrides)
@@ -141,27 +141,13 @@ def _merge(recipe: str, overrides: list[str], print_config: bool, dry_run: bool)
 
 def quantize(
     model: ModelPath,
-    to: Annotated[
-        list[str], typer.Option("--to", help="int8, int4 or nf4; several make several directories, in one table.")
-    ],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Where the result goes; default: MODEL-int4 and so on.")
-    ] = None,
-    group: Annotated[
-        int | None, typer.Option(help="Weights with one scale: 32, 64 or 128; default: 32, for nf4 64.")
-    ] = None,
-    embedding: Annotated[
-        str, typer.Option(help="bfloat16, or int8: smaller and faster, and only slmkit reads the result.")
-    ] = "bfloat16",
-    method: Annotated[
-        str, typer.Option(help="For 4 bits: gptq, unless rounding is better on held-out text; or round.")
-    ] = "gptq",
-    calibration: Annotated[
-        str, typer.Option(help="Text like what the model will write: a file, folder, URL, or the built-in stories.")
-    ] = "stories",
-    text: Annotated[
-        str | None, typer.Option(help="Text for the perplexity; default: calibration text that was held out.")
-    ] = None,
+    to: Annotated[list[str], typer.Option("--to", help=KINDS)],
+    output: Annotated[str | None, typer.Option("--output", "-o", help=QUANTIZED)] = None,
+    group: Annotated[int | None, typer.Option(help=GROUP)] = None,
+    embedding: Annotated[Literal["bfloat16", "int8"], typer.Option(help=EMBEDDING)] = "bfloat16",
+    method: Annotated[Literal["gptq", "round"], typer.Option(help=METHOD)] = "gptq",
+    calibration: Annotated[str, typer.Option(help=CALIBRATION)] = "stories",
+    text: Annotated[str | None, typer.Option(help=TEXT)] = None,
 ) -> None:
     """Make a model smaller: weights of 8 or 4 bits.
 
@@ -171,14 +157,14 @@ def quantize(
     Example: slm quantize runs/book --to int8 --to int4 --calibration book.txt
     """
     from slmkit.cli.show import print_table, progress_bar, suggestion
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     find_model_directory(model)
     from slmkit.workflows.quantize import RESULTS, Request, quantize_model  # imports torch: after the model was found
 
     request = Request(to, output, group, embedding, method, calibration, text)
     with progress_bar("quantize") as show:
-        found = quantize_model(model, request, lambda line: show(line, None))
+        found = quantize_model(model, request, show)
     rows = [
         (
             one.name, one.method or "-", f"{one.bytes / 1e6:,.1f}", f"{one.bits:.2f}", f"{one.perplexity:.3f}",

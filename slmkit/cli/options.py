@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,57 +12,55 @@ import typer
 if TYPE_CHECKING:
     from slmkit.data.sources.settings import SourceSettings
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Values that replace the recipe's, by dotted key.")
-]
+Options = Mapping[str, tuple[Any, Any]]  # name → annotation, such as `Annotated[int, typer.Option(…)]`, and default
+
+
+def with_options(options: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command, for options that it shares with others: it gets them as keywords."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+KEYS = "Values that replace the recipe's, by dotted key."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help=KEYS)]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the recipe with all its values, and stop.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `slm recipes` lists.")]
-ModelPath = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A model directory, a run (its best checkpoint) or OWNER/NAME on the hub."),
-]
+MODEL = "A model directory, a run (its best checkpoint) or OWNER/NAME on the hub."
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/book.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-SAMPLING: dict[str, tuple[Any, str]] = {  # type and help of an option for each setting of sampling
-    "temperature": (
-        float,
-        "0: always the likeliest token; higher values: more varied. By default as the model advises.",
-    ),
-    "top_k": (int, "Sample from the k likeliest tokens only; 0: from all."),
-    "top_p": (float, "Sample from the likeliest tokens whose probabilities add up to this."),
-    "min_p": (float, "Leave out tokens less likely than this times the likeliest one."),
-    "typical_p": (float, "Sample from the most typical tokens whose probabilities add up to this; 1: from all."),
-    "repetition_penalty": (float, "Above 1: tokens that occurred already become less likely."),
-    "presence_penalty": (float, "Above 0: tokens of the new text become less likely, from their first occurrence."),
-    "frequency_penalty": (float, "Above 0: tokens of the new text become less likely with every occurrence."),
-    "seed": (int, "The same seed gives the same text again."),
-}
-OtherModels = Annotated[
-    list[str] | None,
-    typer.Option("--with", help="Average the probabilities with this model's; may be given several times."),
-]
-
-SourceOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--source", help="A setting of every source, such as text_column=body or split=test; may be repeated."
-    ),
-]
+OTHER_MODELS = "Average the probabilities with this model's; may be given several times."
+OtherModels = Annotated[list[str] | None, typer.Option("--with", help=OTHER_MODELS)]
+SOURCE = "A setting of every source, such as text_column=body or split=test; may be repeated."
+SourceOptions = Annotated[list[str] | None, typer.Option("--source", help=SOURCE)]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 
+# An option for each setting of sampling; None where it is not given.
+SAMPLING: Options = {
+    name: (Annotated[kind | None, typer.Option(help=about)], None)
+    for name, kind, about in (
+        ("temperature", float, "0: always the likeliest token; higher: more varied. By default as the model advises."),
+        ("top_k", int, "Sample from the k likeliest tokens only; 0: from all."),
+        ("top_p", float, "Sample from the likeliest tokens whose probabilities add up to this."),
+        ("min_p", float, "Leave out tokens less likely than this times the likeliest one."),
+        ("typical_p", float, "Sample from the most typical tokens whose probabilities add up to this; 1: from all."),
+        ("repetition_penalty", float, "Above 1: tokens that occurred already become less likely."),
+        ("presence_penalty", float, "Above 0: tokens of the new text become less likely, from their first occurrence."),
+        ("frequency_penalty", float, "Above 0: tokens of the new text become less likely with every occurrence."),
+        ("seed", int, "The same seed gives the same text again."),
+    )
+}
 EXAMPLE = "Example: "
-
-
-def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each of `SAMPLING`; it gets them as `**sampling`, None where one is not given."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    added = []
-    for name, (kind, about) in SAMPLING.items():
-        annotation = Annotated[kind | None, typer.Option(help=about)]  # type: ignore[valid-type]
-        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-    return command
 
 
 def new_app(about: str, *commands: Callable[..., None], **options: Any) -> typer.Typer:

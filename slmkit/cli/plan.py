@@ -12,29 +12,19 @@ if TYPE_CHECKING:
     from slmkit.training.estimate.cluster import ClusterEstimate
     from slmkit.workflows.plan import RunEstimate
 
+RECIPE = "A recipe file, or a name that `slm recipes` lists; none: propose one."
+PROBE = "Measure the speed in a few training steps, or estimate it."
+
 
 def plan(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]", help="A recipe file, or a name that `slm recipes` lists; none: propose one."
-        ),
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help=RECIPE)] = None,
     overrides: Overrides = None,
-    hours: Annotated[
-        float | None, typer.Option(min=0.01, help="Without a recipe: hours that the training may take.")
-    ] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="Without a recipe: hours of training.")] = None,
     tokens: Annotated[float | None, typer.Option(min=1e4, help="Without a recipe: tokens to train on.")] = None,
     device: DeviceName = "auto",
-    measure: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Measure the speed in a few training steps, or estimate it.")
-    ] = True,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Write the proposed recipe to this file.")
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=2, help="Calculate a step of a recipe on this number of GPUs, with FSDP.")
-    ] = None,
+    measure: Annotated[bool, typer.Option("--probe/--no-probe", help=PROBE)] = True,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A file for the proposed recipe.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=2, help="A step of a recipe on so many GPUs, with FSDP.")] = None,
     gpu: Annotated[str, typer.Option(help="With --gpus: a100, h100 or h200.")] = "h100",
 ) -> None:
     """Predict a run's time, memory, disk and loss.

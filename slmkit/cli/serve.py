@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,65 +11,47 @@ from slmkit.cli import options
 from slmkit.config import UserError, load_settings
 
 MODELS = "Model directories, runs, adapters, quantized models or OWNER/NAME on the hub; NAME=PATH gives a name."
-Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODELS)]
-SomeModels = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[MODEL]", help=f"{MODELS} Default: the newest run of --runs that learned to chat."),
-]
-Host = Annotated[str, typer.Option(help="Listen at this address; 0.0.0.0: at all of this machine, which needs a key.")]
+# Options of both commands.
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="API keys, one a line; also from SLM_API_KEYS, separated by commas."),
-]
-EngineName = Annotated[str, typer.Option(help="slm; vllm, faster on GPUs; llamacpp, also for GGUF files.")]
 MaxRows = Annotated[int, typer.Option(min=1, help="Texts that a model continues at the same time.")]
 Memory = Annotated[float | None, typer.Option(min=0, help="GiB for the KV cache of each model; default: no limit.")]
-PrefixCache = Annotated[
-    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Read the common beginning of prompts of a key once.")
-]
-MaxQueue = Annotated[int, typer.Option(min=0, help="Texts of a model that wait; beyond it clients get 429.")]
-RequestSeconds = Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")]
-Drain = Annotated[float, typer.Option(min=0, help="Seconds that open requests get to finish after SIGTERM or Ctrl-C.")]
-MaxBody = Annotated[int, typer.Option(min=1, help="Bytes of a request's body; beyond it clients get 413.")]
-AtOnce = Annotated[
-    int | None, typer.Option("--key-requests", min=1, help="Requests of a key at once; default: no limit.")
-]
-PerMinute = Annotated[
-    int | None, typer.Option("--key-minute", min=1, help="Requests of a key in a minute; default: no limit.")
-]
-ALLOWED = "A site whose pages may call the server, as https://example.org; repeatable."
-Origins = Annotated[list[str] | None, typer.Option("--cors", metavar="ORIGIN", help=ALLOWED)]
-NAMES = "Another name of this server in a URL; repeatable."
-Hosts = Annotated[list[str] | None, typer.Option("--allow-host", metavar="NAME", help=NAMES)]
-UI = Annotated[bool, typer.Option("--ui", help="Serve the page at / too: chat, runs, a look inside, data.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="Runs that the page shows.")]
 Data = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="What `slm data prepare` made, for the page to show.")
 ]
-Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")]
+
+KEY_FILE = "API keys, one a line; also from SLM_API_KEYS, separated by commas."
+HOST = "Listen at this address; 0.0.0.0: at all of this machine, which needs a key."
+PREFIX = "Read the common beginning of prompts of a key once."
+AT_ONCE = "Requests of a key at once; default: no limit."
+A_MINUTE = "Requests of a key in a minute; default: no limit."
+DRAIN = "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
+SITE = "A site whose pages may call the server, as https://example.org; repeatable."
+NAME = "Another name of this server in a URL; repeatable."
 
 
 def serve(
     context: typer.Context,
-    models: Models,
-    host: Host = "127.0.0.1",
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=MODELS)],
+    host: Annotated[str, typer.Option(help=HOST)] = "127.0.0.1",
     port: Port = 8000,
-    key_file: KeyFile = None,
-    engine: EngineName = "slm",
+    key_file: Annotated[Path | None, typer.Option(metavar="FILE", help=KEY_FILE)] = None,
+    engine: Annotated[
+        Literal["slm", "vllm", "llamacpp"], typer.Option(help="vllm is faster on GPUs; llamacpp reads GGUF files too.")
+    ] = "slm",
     device: options.DeviceName = "auto",
     max_rows: MaxRows = 32,
     memory: Memory = None,
-    prefix_cache: PrefixCache = True,
-    max_queue: MaxQueue = 256,
-    request_seconds: RequestSeconds = 600.0,
-    drain: Drain = 30.0,
-    max_body: MaxBody = 2**20,
-    requests_per_key: AtOnce = None,
-    requests_per_minute: PerMinute = None,
-    origins: Origins = None,
-    hosts: Hosts = None,
-    ui: UI = False,
+    prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help=PREFIX)] = True,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts of a model that wait; beyond it clients get 429.")] = 256,
+    request_seconds: Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")] = 600.0,
+    drain: Annotated[float, typer.Option(min=0, help=DRAIN)] = 30.0,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request; beyond it clients get 413.")] = 2**20,
+    requests_per_key: Annotated[int | None, typer.Option("--key-requests", min=1, help=AT_ONCE)] = None,
+    requests_per_minute: Annotated[int | None, typer.Option("--key-minute", min=1, help=A_MINUTE)] = None,
+    origins: Annotated[list[str] | None, typer.Option("--cors", metavar="ORIGIN", help=SITE)] = None,
+    hosts: Annotated[list[str] | None, typer.Option("--allow-host", metavar="NAME", help=NAME)] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve the page at / too: chat, runs, a look inside, data.")] = False,
     runs: Runs = Path("runs"),
     data: Data = None,
 ) -> None:
@@ -87,10 +69,13 @@ def serve(
 
 def ui(
     context: typer.Context,
-    models: SomeModels = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]", help=f"{MODELS} Default: the newest run of --runs that learned to chat."),
+    ] = None,
     runs: Runs = Path("runs"),
     data: Data = None,
-    browser: Browser = True,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     port: Port = 8000,
     device: options.DeviceName = "auto",
     max_rows: MaxRows = 32,

@@ -88,7 +88,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     began = shown = time.monotonic()
     with bar_or_lines(label, Console(stderr=True)) as show_line:
 
-        def show(figures: str, share: float | None, done_bytes: int | None = None) -> None:
+        def show(figures: str, share: float | None = None, done_bytes: int | None = None) -> None:
             nonlocal shown
             now = time.monotonic()
             if done_bytes is not None:
@@ -129,7 +129,7 @@ def suggestion(model: str | Path, source: str | Path | None = None) -> str:
     """A command to try the model. Its prompt is from the data of the run that made it, or made its `source`: a model
     that it was merged or copied from.
     """
-    from slmkit.find import run_of
+    from slmkit.files.find import run_of
     from slmkit.training.recipe.recipe import load_recipe
 
     run = run_of(model if source is None else source)
@@ -238,7 +238,7 @@ def load_for_generation(path: str, device: str, others: Sequence[str] = ()) -> t
 
     Raises `UserError` for a missing or damaged model, and if tokenizers differ.
     """
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
 
     directories = [find_model_directory(found) for found in (path, *others)]
     from slmkit.adapt.load import load_model  # after the model was found, since it imports torch
@@ -258,7 +258,7 @@ def open_model(
 
     `sampling` has the command's settings of sampling, None where one is not given.
     """
-    from slmkit.find import find_model_directory
+    from slmkit.files.find import find_model_directory
     from slmkit.generation.sampling_settings import SamplingSettings
     from slmkit.model.files.generation_config import read_generation_config
 

@@ -8,25 +8,16 @@ import typer
 
 from slmkit.cli.options import new_app
 
+SOURCES = "Files, folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), hub data sets, URLs, or `stories`."
+DOCUMENTS = "Documents to read of each source; default: 100 million characters in all."
+
 
 def train(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files, folders (.txt, .jsonl, .csv, .parquet, also .gz, .zst), hub data sets, URLs, or `stories`."
-        ),
-    ],
+    sources: Annotated[list[str], typer.Argument(help=SOURCES)],
     output: Annotated[str, typer.Option("--output", "-o", help="Where tokenizer.json goes.")] = "tokenizer",
-    vocab_size: Annotated[
-        int, typer.Option(help="Number of tokens, with the 256 bytes and the special tokens.")
-    ] = 16_384,
-    text_column: Annotated[
-        str | None, typer.Option(help="The column that holds the text; `text` unless given.")
-    ] = None,
-    documents_per_source: Annotated[
-        int | None,
-        typer.Option(min=1, help="Documents to read of each source; default: 100 million characters in all."),
-    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens, with the 256 bytes and the special tokens.")] = 16_384,
+    text_column: Annotated[str | None, typer.Option(help="The column with the text; `text` unless given.")] = None,
+    documents_per_source: Annotated[int | None, typer.Option(min=1, help=DOCUMENTS)] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on any text.
 
@@ -60,7 +51,7 @@ def encode(
 
     Example: slm tokenizer encode tokenizers/book "It was a fox"
     """
-    from slmkit.find import find_tokenizer_directory
+    from slmkit.files.find import find_tokenizer_directory
     from slmkit.tokenizer import SLMTokenizer
 
     loaded = SLMTokenizer.from_pretrained(find_tokenizer_directory(tokenizer))

@@ -8,17 +8,16 @@ import typer
 
 from slmkit.cli.options import Overrides, PrintConfig, RecipeName, RunPath
 
+DRY_RUN = "Prepare and check everything, and stop before the first step."
+REPLAN = "Spread the learning rate's schedule over the run's new length."
+
 
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Prepare and check everything, and stop before the first step.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Train although the x-ray of the data found a reason not to.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train although the x-ray found a reason not to.")] = False,
 ) -> None:
     """Train a model as a recipe says.
 
@@ -49,9 +48,7 @@ def train(
 def resume(
     run: RunPath,
     overrides: Overrides = None,
-    replan: Annotated[
-        bool, typer.Option("--replan", help="Spread the learning rate's schedule over the run's new length.")
-    ] = False,
+    replan: Annotated[bool, typer.Option("--replan", help=REPLAN)] = False,
 ) -> None:
     """Go on with a stopped run, or train a run longer.
 
@@ -60,7 +57,7 @@ def resume(
     Example: slm resume runs/book train.max_tokens=6e6
     """
     from slmkit.cli.show import TerminalReporter, show_run
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     find_run(run)  # before anything is loaded
     from slmkit.workflows.train import resume_run
@@ -77,7 +74,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
     Example: slm replay runs/book --step 12
     """
     from slmkit.cli.show import TerminalReporter
-    from slmkit.find import find_run
+    from slmkit.files.find import find_run
 
     find_run(run)  # before anything is loaded
     reporter = TerminalReporter()
@@ -110,12 +107,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
 
 
 def distill_cache(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE", help="A recipe of objective distill: a file, or a name that `slm recipes` lists."
-        ),
-    ],
+    recipe: RecipeName,
     overrides: Overrides = None,
 ) -> None:
     """Store a teacher's predictions for `slm train` to learn from.

@@ -25,8 +25,7 @@ from slmkit.config import UserError
 from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import FAULTS
 from slmkit.generation.text import prompt_ids
-from slmkit.model.attend import attend
-from slmkit.model.context import AttentionInputs, dense_mask
+from slmkit.model.attend import AttentionInputs, attend, dense_mask
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from slmkit.config import UserError
 from slmkit.generation.ensemble import LanguageModel, evaluating
 from slmkit.generation.sampling import FAULTS, argmax
-from slmkit.model.context import AttentionInputs
+from slmkit.model.attend import AttentionInputs
 from slmkit.model.decoder import Decoder
 
 # Tokens of a batch. A small model on a CPU is not faster with more; a GPU is not full with fewer.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from slmkit.adapt import quantize
 from slmkit.config import UserError, importing
 from slmkit.export.runtimes import Loaded, Runtime
-from slmkit.find import learned_conversations, run_of
+from slmkit.files.find import learned_conversations, run_of
 from slmkit.model.architectures import Architecture
 from slmkit.model.decoder import Decoder
 from slmkit.model.latent_attention import EPS

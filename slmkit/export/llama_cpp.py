@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slmkit.child import Child, free_port
 from slmkit.config import UserError, importing, one_line
+from slmkit.files.child import Child, free_port
 
 if TYPE_CHECKING:
     from slmkit.export.runtimes import Loaded, Stored

@@ -40,9 +40,9 @@ from slmkit.adapt.swapping import linears, replace
 from slmkit.config import UserError, importing, one_line
 from slmkit.export.runtimes import Loaded, Message, Runtime, Stored, codes_in
 from slmkit.model.architectures import architecture_of
+from slmkit.model.attend import AttentionInputs
 from slmkit.model.cache import KVCache
 from slmkit.model.config import SLMConfig
-from slmkit.model.context import AttentionInputs
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.directory import write_configs
 from slmkit.model.files.stored import expect_finite

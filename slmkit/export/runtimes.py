@@ -19,7 +19,7 @@ from torch import Tensor
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import dequantize_modules, quantized_modules
 from slmkit.config import UserError, one_line
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import base_of, is_adapter

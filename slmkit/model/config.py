@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slmkit.config import Settings, UserError, did_you_mean, load_settings, read_json_object, read_table, warn_once
-from slmkit.find import as_path, find_config_directory
+from slmkit.files.find import as_path, find_config_directory
 from slmkit.model.families import FULL, SLIDING, families_with, family_of, optional_fields
 from slmkit.model.files.adapter_directory import config_directory
 from slmkit.model.files.generation_config import read_generation_config

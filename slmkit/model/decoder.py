@@ -19,9 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from slmkit.config import UserError, did_you_mean
 from slmkit.model.architectures import Architecture
-from slmkit.model.attend import attend
+from slmkit.model.attend import AttentionInputs, Context, attend
 from slmkit.model.cache import AT_ONCE, KVCache, cache_bytes
-from slmkit.model.context import AttentionInputs, Context
 from slmkit.model.latent_attention import LatentAttention
 from slmkit.model.norms import make_norm
 from slmkit.model.rope import Rotary, rotate

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from slmkit.model.architectures import Architecture, Latent
-from slmkit.model.attend import attend
+from slmkit.model.attend import AttentionInputs, attend
 from slmkit.model.cache import KVCache
-from slmkit.model.context import AttentionInputs
 from slmkit.model.norms import RMSNorm
 from slmkit.model.rope import rotate
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slmkit.model.architectures import Architecture, Layer
-from slmkit.model.context import QUERIES_AT_ONCE
+from slmkit.model.attend import QUERIES_AT_ONCE
 from slmkit.model.decoder import Decoder
 
 # Positions whose logits are computed at once outside of training: 512 MiB of float32 with 262,144 tokens.

@@ -57,7 +57,7 @@ class ServedModel:
         """The model, adapter or run in `directory`. Raises `UserError` as `load_model` does."""
         from slmkit.adapt.load import load_model
         from slmkit.device import find_device
-        from slmkit.find import find_model_directory
+        from slmkit.files.find import find_model_directory
         from slmkit.model.files.generation_config import new_tokens, read_generation_config
 
         found = find_model_directory(str(directory))

@@ -22,8 +22,8 @@ import fastapi
 import h11
 from fastapi.responses import Response
 
-from slmkit.child import Child, free_port
 from slmkit.config import UserError
+from slmkit.files.child import Child, free_port
 from slmkit.serving.answers import event_line
 from slmkit.serving.app import base_app, named
 from slmkit.serving.metrics import Metrics

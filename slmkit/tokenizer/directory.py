@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from slmkit.config import UserError, did_you_mean, kind_of_value, one_line, warn_once
 from slmkit.files import write_whole
-from slmkit.find import is_gpt2
+from slmkit.files.find import is_gpt2
 from slmkit.tokenizer.byte_level import END_OF_TEXT, PADDING, SPECIALS, TURN_END, TURN_START, gpt2, is_byte_level
 from slmkit.tokenizer.chat import CHAT_FORMATS
 

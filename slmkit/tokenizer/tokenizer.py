@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from slmkit.config import UserError, methods_checked
-from slmkit.find import find_tokenizer_directory
+from slmkit.files.find import find_tokenizer_directory
 from slmkit.tokenizer import byte_level, chat, chat_prompt, directory
 from slmkit.tokenizer.byte_level import SPECIALS
 from slmkit.tokenizer.calling import CallableTokenizer

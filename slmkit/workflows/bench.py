@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +20,11 @@ from slmkit.config import UserError, load_settings, warn_once
 from slmkit.data import stories
 from slmkit.data.prepare.conversations import prepare_chat
 from slmkit.data.prepare.text_to_shards import prepare_text
-from slmkit.data.shards.reader import HEADER, Header, Shard, TokenShards
+from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Message
 from slmkit.data.stream import PretrainRows, Stream
 from slmkit.device import find_device, measured_peak, seconds_to_read
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.config import PRESETS, SLMConfig
@@ -43,15 +39,7 @@ from slmkit.workflows.plan import RunEstimate, plan_recipe
 BATCHES = (1, 4, 16)  # sequences generated at once
 BITS, GROUP = ("int8", "int4"), 32  # the kinds of weights to measure, in the groups of `slm quantize`
 VOCABULARY = 4096
-SHARD_TOKENS = 1 << 28
-TEMPLATES = ("chatml", "llama3", "gemma")
 ROW, ROWS = 1024, 128  # tokens in a row, rows in a batch
-FIRST_BATCH = f"""
-import sys
-from slmkit.data.shards.reader import TokenShards
-from slmkit.data.stream import PretrainRows, Stream
-Stream(PretrainRows(TokenShards.open(sys.argv[1]), {ROW}), {ROWS}).batch(0)
-"""
 
 
 @dataclass(frozen=True)
@@ -162,36 +150,20 @@ def speed_of(decoder: Decoder, batch: int, prompt: int, new: int, rounds: int) -
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def data_speed(megabytes: float, gigabytes: float, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yields the figures of each kind of work, with its name. The shards of `gigabytes` are sparse files."""
+def data_speed(megabytes: float, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields the figures of each kind of work, with its name; medians of `rounds`."""
     texts, tokenizer = corpus(megabytes)
-    talks, numbers = talks_of(texts[: max(1, len(texts) // 10)]), itertools.count()
+    talks = talks_of(texts[: max(1, len(texts) // 10)])
     size, size_of_talks = sum(map(len, texts)) / 1e6, sum(len(m["content"]) for talk in talks for m in talk) / 1e6
     with tempfile.TemporaryDirectory(prefix="slmkit-bench-") as name:
-        folder = Path(name)
+        folders = (Path(name, str(number)) for number in itertools.count())
         taken = median_seconds(lambda: tokenizer.encode_batch(texts, threads=1), rounds)
         yield "encoding, one thread", {"MB/s": size / taken}
-        taken = median_seconds(lambda: prepare_text(texts, tokenizer, folder / str(next(numbers))), rounds)
+        taken = median_seconds(lambda: prepare_text(texts, tokenizer, next(folders)), rounds)
         yield "preparation, all cores", {"MB/s": size / taken}
-        for template in TEMPLATES:
-            chatting = tokenizer.extended(chat_template=template)
-
-            def prepare(chatting: SLMTokenizer = chatting) -> None:
-                prepare_chat(talks, chatting, folder / f"chat-{next(numbers)}")
-
-            taken = median_seconds(prepare, rounds)
-            yield f"conversations, {template}", {"conversations/s": len(talks) / taken, "MB/s": size_of_talks / taken}
-        yield "loading", loading_speed(folder / "0")
-        large = str(folder / "large")
-        write_sparse_shards(Path(large), round(gigabytes * 1e9 / 2))
-        yield f"loading from {gigabytes:g} GB", loading_speed(Path(large))
-        yield (
-            "first batch of a process",
-            {
-                "seconds": median_seconds(lambda: run_python(FIRST_BATCH, large), rounds),
-                "of them importing torch": median_seconds(lambda: run_python("import torch"), rounds),
-            },
-        )
+        taken = median_seconds(lambda: prepare_chat(talks, tokenizer, next(folders)), rounds)
+        yield "conversations, all cores", {"conversations/s": len(talks) / taken, "MB/s": size_of_talks / taken}
+        yield "loading", loading_speed(Path(name, "0"))
 
 
 def corpus(megabytes: float) -> tuple[list[str], SLMTokenizer]:
@@ -215,23 +187,6 @@ def talks_of(texts: list[str]) -> list[list[Message]]:
     return [[{"role": r, "content": text} for r, text in zip(roles, texts[start:])] for start in starts]
 
 
-def write_sparse_shards(folder: Path, tokens: int) -> TokenShards:
-    """Shards of `tokens` tokens, all 0, as sparse files that take no disk space."""
-    folder.mkdir(parents=True)
-    names = [f"{number:05}" for number in range(-(-tokens // SHARD_TOKENS))]
-    for name in names:
-        (folder / f"{name}.tokens").touch()
-        os.truncate(folder / f"{name}.tokens", 2 * SHARD_TOKENS)
-        np.array([SHARD_TOKENS], dtype="<i8").tofile(folder / f"{name}.ends")
-    header = Header(
-        dtype="uint16", tokenizer="", vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1,
-        tokens=SHARD_TOKENS * len(names), documents=len(names), text_bytes=0, sources=[], masked=False,
-        perfect_loss=None, shards=[Shard(name, SHARD_TOKENS, 1, {}) for name in names],
-    )  # fmt: skip
-    (folder / HEADER).write_text(json.dumps(asdict(header)))
-    return TokenShards.open(folder)
-
-
 def loading_speed(folder: Path) -> dict[str, float]:
     """Batches of random rows from shards, one core: their rate, and the time to open the shards at any step."""
 
@@ -240,7 +195,6 @@ def loading_speed(folder: Path) -> dict[str, float]:
         stream.batch(step)
         return stream
 
-    opened = seconds(lambda: resumed(0))
     stream = resumed(0)
     times = [seconds(functools.partial(stream.batch, step)) for step in range(20, 220)]
     positions = np.linspace(0, 3 * (stream.rows_in_epoch or 0) // ROWS, 20, dtype=int).tolist()
@@ -248,10 +202,5 @@ def loading_speed(folder: Path) -> dict[str, float]:
     return {
         "tokens in the shards": len(TokenShards.open(folder)),
         "M tokens/s": ROWS * ROW / statistics.median(times) / 1e6,
-        "first open and batch in ms": 1e3 * opened,
         "resume anywhere in ms": 1e3 * statistics.median(places),
     }
-
-
-def run_python(code: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)

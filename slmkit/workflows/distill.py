@@ -31,7 +31,7 @@ from slmkit.data.stream import Rows, Stream
 from slmkit.data.streaming import StreamedBatches
 from slmkit.device import Device, find_device
 from slmkit.files import file_sha256
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import ADAPTER_CONFIG, base_of, is_adapter
@@ -66,7 +66,7 @@ def distill_batches(m: RecipeContext) -> tuple[Stream | StreamedBatches, Distill
         rows = _rows_from_cache(m, settings, Path(settings.cache))
         return stream_of(rows, recipe.data, m.length, m.rows_per_step, recipe.seed), _objective(settings, tokens, None)
     assert settings.teacher is not None
-    _expect_another_model(m, settings)
+    _expect_another_model(recipe, settings)
     decoder = load_teacher(settings.teacher, m.corpus.tokenizer, m.length, m.device)
     if compile_pays(recipe.train.compile, m.device):
         compile_blocks(decoder)
@@ -88,14 +88,10 @@ def distill_memory(recipe: Recipe, model: Decoder, tokens: int, device: Device) 
 
     if settings.cache:
         return MemoryProfile(model, objective=objective, extra=cached_logits)
-    return MemoryProfile(model, frozen=_meta_teacher(settings, device), objective=objective)
-
-
-def _meta_teacher(settings: DistillationSettings, device: Device) -> Decoder:
-    """The teacher on the meta device, in the type that a run uses."""
     assert settings.teacher is not None
     config = SLMConfig.from_pretrained(find_model_directory(settings.teacher))
-    return in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
+    teacher = in_compute_type(empty_decoder(config), device).eval().requires_grad_(False)
+    return MemoryProfile(model, frozen=teacher, objective=objective)
 
 
 def with_the_teachers_tokenizer(recipe: Recipe) -> Recipe:
@@ -143,19 +139,16 @@ def _objective(settings: DistillationSettings, tokens: int, teacher: Decoder | N
     return Distill(loss, source, settings.hidden_weight)
 
 
-def _expect_another_model(m: RecipeContext, settings: DistillationSettings) -> None:
-    """If the teacher is the student: raises `UserError` if no labels are used, else prints a note."""
-    if m.recipe.model.path is None or settings.teacher is None:
+def _expect_another_model(recipe: Recipe, settings: DistillationSettings) -> None:
+    """Raises `UserError` if the teacher is the student, of which without labels nothing is learned."""
+    if settings.alpha > 0 or recipe.model.path is None or settings.teacher is None:
         return
-    student, teacher = find_model_directory(m.recipe.model.path), find_model_directory(settings.teacher)
-    if teacher_fingerprint(student) != teacher_fingerprint(teacher):
-        return
-    if settings.alpha == 0:
+    student, teacher = find_model_directory(recipe.model.path), find_model_directory(settings.teacher)
+    if teacher_fingerprint(student) == teacher_fingerprint(teacher):
         raise UserError(
             f"distillation.teacher {settings.teacher} is the model of model.path, and with alpha 0 nothing else is "
             "learned: name another teacher, or raise distillation.alpha"
         )
-    m.reporter.say(f"teacher: {settings.teacher} is the student's own model: the divergence starts at 0")
 
 
 def _rows_from_cache(m: RecipeContext, settings: DistillationSettings, folder: Path) -> dict[str, Rows]:

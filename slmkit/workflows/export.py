@@ -37,7 +37,7 @@ from slmkit.export.gguf_types import PlannedTensor
 from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
 from slmkit.export.targets import TARGETS, Request, Target, written
 from slmkit.files import file_sha256, staged
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS
 from slmkit.training.run_directory import RunDirectory
@@ -118,7 +118,7 @@ def bounds_for(kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Bo
     if bounds.greedy:
         return bounds
     try:
-        rounded = quantized(loaded, "int4", probe)
+        rounded = quantized(loaded, "int4")
     except UserError:  # its matrices have other widths
         return bounds
     log_probs = [rounded.log_probs(*prompt) for prompt in probe.prompts]
@@ -218,6 +218,9 @@ def about_export(loaded: Loaded, made: Path, to: str, kind: str) -> dict[str, An
 
 MADE = (("gguf", "F32"), ("gguf", "Q8_0"), ("onnx", "fp32"), ("html", "f32"), ("html", "int8"))
 Open = Callable[[Probe], Runtime]
+# Name, kind of weights, and what makes the files that are opened: it raises `UserError` for what cannot be done here,
+# which is no failure of the runtime.
+Candidate = tuple[str, str, Callable[[], Open]]
 
 
 @dataclass(frozen=True)
@@ -229,10 +232,6 @@ class Verdict:
     parity: Parity | None
     problem: str = ""
     is_wrong: bool = False  # it differs, or a program refuses what it should open
-
-
-class NotThereError(UserError):
-    """A runtime that is not installed, or does not have such models."""
 
 
 def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) -> list[Verdict]:
@@ -249,21 +248,23 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
         say("asking slmkit")
         expected = Answers.of(reference, probe)
         verdicts = [Verdict("slmkit", "float32", compare(reference, reference, probe, EXACT, expected))]
-        for name, kind, opened in given or _installed(loaded, Path(scratch)):
+        for name, kind, make in given or _installed(loaded, Path(scratch)):
             say(f"comparing {name} {kind}")
+            opened = None
             try:
+                opened = make()
                 with opened(probe) as runtime:
                     # Others may round not to nearest, as GPTQ does, in formats that slmkit does not read.
                     is_ours = not isinstance(runtime, Transformers) or bool(record(runtime.directory))
                     parity = compared(runtime, kind, loaded, probe, expected, is_ours)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
-                verdicts.append(Verdict(name, kind, None, str(error), not isinstance(error, NotThereError)))
+                verdicts.append(Verdict(name, kind, None, str(error), is_wrong=opened is not None))
     return verdicts
 
 
-def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]:
-    """Name, kind of weights, and how it is opened, of every runtime; opening one that is not installed raises."""
+def _installed(loaded: Loaded, scratch: Path) -> Iterator[Candidate]:
+    """Every runtime, whether it is installed or not."""
     for kind in ("int8", "int4"):
         yield "slmkit", kind, functools.partial(_rounded, loaded, kind)
     yield "transformers", "float32", functools.partial(_in_transformers, loaded)
@@ -271,36 +272,26 @@ def _installed(loaded: Loaded, scratch: Path) -> Iterator[tuple[str, str, Open]]
         yield to, kind, functools.partial(_made, loaded, to, kind, scratch / f"{to}-{kind}{TARGETS[to].suffix}")
 
 
-def _made(loaded: Loaded, to: str, kind: str, path: Path, probe: Probe) -> Runtime:
-    with _optional(TARGETS[to].missing):
-        written(TARGETS[to], loaded, path, kind, Request(to))
-    return TARGETS[to].open(path, probe)
+def _made(loaded: Loaded, to: str, kind: str, path: Path) -> Open:
+    if TARGETS[to].missing:
+        raise UserError(TARGETS[to].missing)
+    written(TARGETS[to], loaded, path, kind, Request(to))
+    return functools.partial(TARGETS[to].open, path)
 
 
-def _rounded(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
-    with _optional():
-        return quantized(loaded, kind, probe)
+def _rounded(loaded: Loaded, kind: str) -> Open:
+    runtime = quantized(loaded, kind)
+    return lambda probe: runtime
 
 
-def _in_transformers(loaded: Loaded, probe: Probe) -> Runtime:
+def _in_transformers(loaded: Loaded) -> Open:
     model_type = loaded.config.model_type
-    with _optional(f"transformers has no {model_type}" if model_type in NOT_IN_TRANSFORMERS else TARGETS["hf"].missing):
-        pass
-    return Transformers(loaded.source, "float32")
+    if model_type in NOT_IN_TRANSFORMERS or TARGETS["hf"].missing:
+        raise UserError(TARGETS["hf"].missing or f"transformers has no {model_type}")
+    return lambda probe: Transformers(loaded.source, "float32")
 
 
-@contextlib.contextmanager
-def _optional(missing: str = "") -> Iterator[None]:
-    """What cannot be done here is no failure of a runtime."""
-    try:
-        if missing:
-            raise UserError(missing)
-        yield
-    except UserError as error:
-        raise NotThereError(str(error)) from None
-
-
-def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
+def quantized(loaded: Loaded, kind: str) -> Runtime:
     """The model in slmkit itself, rounded to the nearest codes."""
     decoder = rounded_copy(loaded.decoder, kind)
     wide = sum(parameter.numel() * 2 for parameter in decoder.parameters())
@@ -308,17 +299,20 @@ def quantized(loaded: Loaded, kind: str, probe: Probe) -> Runtime:
     return Slmkit(decoder, loaded.tokenizer, size)
 
 
-def _given(file: str) -> tuple[str, str, Open]:
+def _given(file: str) -> Candidate:
     path = Path(file)
     if not path.exists():
         raise UserError(f"{file}: no such file")
     wrote = record(path).get("target")  # of a folder with config.json it says for which program it is
-    for to, target in sorted(TARGETS.items(), key=lambda item: item[0] != wrote):
+    for to in sorted(TARGETS, key=lambda name: name != wrote):
+        target = TARGETS[to]
         found = [path] if path.is_file() and path.match(target.pattern) else sorted(path.glob(target.pattern))
         if found:
-            opened = found[0] if target.suffix else path
-            return file, kind_of(opened, to), functools.partial(target.open, opened)
-    raise UserError(f"{file}: expected a .gguf, a .html, or a folder with an .onnx or with config.json")
+            break
+    else:
+        raise UserError(f"{file}: expected a .gguf, a .html, or a folder with an .onnx or with config.json")
+    opened = found[0] if target.suffix else path
+    return file, kind_of(opened, to), lambda: functools.partial(target.open, opened)
 
 
 def kind_of(path: Path, to: str) -> str:

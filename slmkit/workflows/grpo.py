@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
-import inspect
 import math
 import re
 import runpy
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -257,33 +255,13 @@ REWARDS: dict[str, Reward] = {"exact": exact, "number": number}
 def find_reward(name: str) -> Reward:
     """The function of a name in `REWARDS`, to which a script may add, of `file.py:function` or `module:function`.
 
-    Raises `UserError` if there is no such function, or it does not take three arguments.
+    Raises `UserError` if it cannot be loaded.
     """
     if name in REWARDS:
         return REWARDS[name]
     module, colon, function = name.rpartition(":")
     if not colon:
         raise UserError(f"grpo.reward {name!r}: {did_you_mean(name, REWARDS)} Name your own as `file.py:function`")
-    loaded = _load(name, module)
-    reward = loaded.get(function)
-    if not callable(reward):
-        known = [key for key, value in loaded.items() if callable(value) and not key.startswith("_")]
-        raise UserError(
-            f"grpo.reward {name}: cannot be found: no function {function!r}; {did_you_mean(function, known)}"
-        )
-    with contextlib.suppress(ValueError):  # some built-in functions have no signature
-        taken = inspect.signature(reward)
-        try:
-            taken.bind("", "", "")
-        except TypeError:
-            raise UserError(
-                f"grpo.reward {name}: takes {taken}; expected a function of three texts: prompt, answer, known answer"
-            ) from None
-    return reward
-
-
-def _load(name: str, module: str) -> dict[str, Any]:
-    """What the module of that name or file defines. Raises `UserError` with the reason if it cannot be loaded."""
     is_file = module.endswith(".py")
     if is_file and not Path(module).is_file():
         raise UserError(f"grpo.reward {name}: cannot be found: no such file, here or beside the recipe")
@@ -291,11 +269,13 @@ def _load(name: str, module: str) -> dict[str, Any]:
     if folder not in sys.path:
         sys.path.append(folder)  # a reward function may import modules beside it
     try:
-        return runpy.run_path(module, run_name="slmkit_reward") if is_file else vars(importlib.import_module(module))
-    except ModuleNotFoundError as error:
-        raise UserError(f"grpo.reward {name}: cannot be found: {error}") from error
+        loaded = runpy.run_path(module, run_name="slmkit_reward") if is_file else vars(importlib.import_module(module))
     except Exception as error:
         raise UserError(f"grpo.reward {name}: cannot be loaded: {_said(error)}") from error
+    if not callable(loaded.get(function)):
+        known = [key for key, value in loaded.items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"grpo.reward {name}: no function {function!r}; {did_you_mean(function, known)}")
+    return loaded[function]
 
 
 def checked_reward(name: str, reward: Reward, prompt: str, answer: str, known: str) -> float:

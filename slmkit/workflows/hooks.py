@@ -232,18 +232,15 @@ def prompts_of(corpus: Corpus, reads: Reads) -> list[str]:
     """
     shards, tokenizer = corpus.validation, corpus.tokenizer
     ends = shards.document_ends[:LOOKED_AT].tolist()
-    around = None if reads == "text" else _around_a_question(corpus)
-    questions = []
-    for start, end in zip([0, *ends], ends):
-        if around is None:
-            head = shards.tokens_in(start, min(end, start + 64))
-            if prompt := _beginning(tokenizer.decode(head, skip_special_tokens=True)):
-                return [prompt]
-        else:
-            learned = shards.trained_in(start, end)
-            asked = shards.tokens_in(start, start + int(learned.argmax()))
-            questions.append(_question(tokenizer.decode(asked), *around))
-    return sorted(filter(None, questions), key=lambda asked: (len(asked.split()) < QUESTION_WORDS, len(asked)))[:1]
+    documents = [*zip([0, *ends], ends)]  # start and end of each
+    if reads == "text":
+        heads = (shards.tokens_in(start, min(end, start + 64)) for start, end in documents)
+        beginnings = (_beginning(tokenizer.decode(head, skip_special_tokens=True)) for head in heads)
+        return [*itertools.islice(filter(None, beginnings), 1)]
+    before, behind = _around_a_question(corpus)
+    asked = (shards.tokens_in(start, start + int(shards.trained_in(start, end).argmax())) for start, end in documents)
+    questions = filter(None, (_question(tokenizer.decode(ids), before, behind) for ids in asked))
+    return sorted(questions, key=lambda question: (len(question.split()) < QUESTION_WORDS, len(question)))[:1]
 
 
 def _beginning(text: str) -> str:

@@ -15,9 +15,9 @@ from slmkit.adapt.merge_recipe import MergeRecipe
 from slmkit.adapt.merging import Merge, plan_merge
 from slmkit.config import UserError, to_yaml
 from slmkit.files import free_path, staged
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
+from slmkit.files.hub import at_commit
 from slmkit.generation.ensemble import common_tokenizer
-from slmkit.hub import at_commit
 from slmkit.model.files.adapter_directory import base_of, find_adapter, is_adapter
 from slmkit.model.files.directory import copy_extras, load_decoder, save_decoder
 from slmkit.model.files.stored import expect_finite

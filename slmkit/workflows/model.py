@@ -9,8 +9,8 @@ from slmkit.adapt.load import load_model, start_adapter
 from slmkit.adapt.quantize import expect_full
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import Corpus, Reporter, build_corpus
-from slmkit.find import find_tokenizer_directory
-from slmkit.hub import at_commit
+from slmkit.files.find import find_tokenizer_directory
+from slmkit.files.hub import at_commit
 from slmkit.model.config import SLMConfig
 from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import is_adapter

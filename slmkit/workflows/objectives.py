@@ -17,7 +17,7 @@ from slmkit.workflows.context import ObjectiveParts, RecipeContext
 from slmkit.workflows.distill import distill_batches, distill_memory
 from slmkit.workflows.grpo import grpo_memory, grpo_parts
 from slmkit.workflows.hooks import Validate
-from slmkit.workflows.preference import kto_parts, preference_memory, preference_parts
+from slmkit.workflows.preference import preference_memory, preference_parts
 
 
 def text_parts(m: RecipeContext) -> ObjectiveParts:
@@ -58,6 +58,6 @@ OBJECTIVES = {
     "sft": Builders(text_parts, text_memory),
     "distill": Builders(text_parts, distill_memory),
     "dpo": Builders(preference_parts, preference_memory),
-    "kto": Builders(kto_parts, preference_memory),
+    "kto": Builders(preference_parts, preference_memory),
     "grpo": Builders(grpo_parts, grpo_memory),
 }

@@ -15,8 +15,8 @@ from slmkit.data.rows.teacher_cache import HEADER, data_fingerprint
 from slmkit.data.settings import TokenizerSettings
 from slmkit.device import Device
 from slmkit.files import file_sha256
-from slmkit.find import find_model_directory
-from slmkit.hub import pinned_name
+from slmkit.files.find import find_model_directory
+from slmkit.files.hub import pinned_name
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import is_adapter
 from slmkit.model.sizes import parameter_count
@@ -39,7 +39,7 @@ from slmkit.workflows.distill import teacher_fingerprint
 from slmkit.workflows.hooks import RunTasks, WriteSamples, goal_of, with_prompts
 from slmkit.workflows.model import StartingModel, model_for, prepare_data
 from slmkit.workflows.objectives import OBJECTIVES
-from slmkit.workflows.preference import REFERENCE_FILE
+from slmkit.workflows.preference import REFERENCE_FILE, has_reference
 
 PREPARED = "prepared"
 
@@ -261,8 +261,7 @@ def find_base(run: RunDirectory, recipe: Recipe, is_new: bool = False) -> tuple[
 
 
 def _needs_base(run: RunDirectory, recipe: Recipe) -> bool:
-    has_reference = recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
-    refers = has_reference and not (run.data / REFERENCE_FILE).is_file()
+    refers = has_reference(recipe) and not (run.data / REFERENCE_FILE).is_file()
     compares = recipe.objective == "grpo" and recipe.grpo.beta > 0
     return recipe.lora is not None or refers or compares or not complete_checkpoints(run.checkpoints)
 

@@ -15,7 +15,7 @@ from slmkit.adapt.lora import add_lora
 from slmkit.config import UserError, load_settings
 from slmkit.data.sources import BUILT_IN
 from slmkit.device import Device, available_memory, find_device
-from slmkit.find import find_config_directory, find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_config_directory, find_model_directory, find_tokenizer_directory
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig, find_model_or_preset
 from slmkit.model.decoder import Decoder
@@ -235,10 +235,8 @@ def propose(
     """The best model for a budget of hours or of tokens on this device, by published laws and measured speed.
 
     `say` is called with the models tried; `overrides` name the data and the folder of the run (`data.source=book.txt`).
-    Raises `UserError` unless one of both budgets is given, and for an override of anything else.
+    One of both budgets has to be given. Raises `UserError` for an override of anything else.
     """
-    if (hours is None) == (tokens is None):
-        raise UserError("a proposal needs a budget: --hours or --tokens, or a recipe to look at")
     if other := next((each for each in overrides if not each.startswith(("data.", "output_dir="))), None):
         raise UserError(f"{other}: a proposal takes only data.… and output_dir; change the rest in the file it writes")
     device, efficiency, tried = find_device(device_name), 1.0, dict[int, Probe]()  # by width

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.numpy import load_file, save
@@ -22,66 +21,42 @@ from slmkit.training.loop import Report, State
 from slmkit.training.objective import Sums, surveyed
 from slmkit.training.objectives.preference import Kto, Preference, reference_log_probabilities, rounded_up
 from slmkit.training.precision import to_weight_dtype
-from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.workflows.context import ObjectiveParts, RecipeContext
 
 REFERENCE_FILE = "reference.safetensors"  # in a run's data folder
 ROWS_AT_ONCE = 16  # rows per batch without gradients
-BALANCED = (1.0, 4 / 3)  # weight × number of good answers over that of bad ones: arXiv:2402.01306, equation (8)
+
+
+def has_reference(recipe: Recipe) -> bool:
+    """Whether the loss compares with the log-probabilities of the starting model."""
+    return recipe.objective == "kto" or (recipe.objective == "dpo" and recipe.preference.needs_reference)
 
 
 def preference_parts(m: RecipeContext) -> ObjectiveParts:
-    """Objective parts of DPO and the other losses of pairs."""
-    settings = m.recipe.preference
-    return _parts(m, lambda shards: PairRows(shards, m.length), Preference(settings), settings.needs_reference)
+    """Objective parts of the losses of pairs (DPO and others), or of KTO, whose answers have a label each.
 
+    Computes the reference's log-probabilities if they are needed and missing.
+    """
+    recipe, of_pairs = m.recipe, m.recipe.objective == "dpo"
+    objective = Preference(recipe.preference) if of_pairs else Kto(recipe.kto)
 
-def kto_parts(m: RecipeContext) -> ObjectiveParts:
-    """Objective parts of KTO: answers with a label each."""
-    labels = np.concatenate([shards.labels for shards in m.corpus.train])
-    if hint := weights_hint(int(labels.sum()), int((~labels).sum()), m.recipe.kto):
-        m.reporter.say(hint)
-    return _parts(m, lambda shards: JudgedRows(shards, m.length, m.recipe.seed), Kto(m.recipe.kto), True)
+    def rows_of(shards: TokenShards) -> PairRows | JudgedRows:
+        return PairRows(shards, m.length) if of_pairs else JudgedRows(shards, m.length, recipe.seed)
 
-
-def weights_hint(good: int, bad: int, settings: KtoSettings) -> str | None:
-    """A line with the paper's recommended weight if there are more answers of one kind; None if balanced."""
-    low, high = BALANCED
-    weighed_good, weighed_bad = settings.desirable_weight * good, settings.undesirable_weight * bad
-    if good == bad or not good or not bad or 0.9 * low <= weighed_good / weighed_bad <= 1.1 * high:
-        return None
-    if good < bad:
-        name, least = "desirable_weight", weighed_bad / good * low
-    else:
-        name, least = "undesirable_weight", weighed_good / bad / high
-    return (
-        f"kto: {good:,} good and {bad:,} bad answers do not weigh the same: "
-        f"set kto.{name} between {least:.2g} and {least * high / low:.2g} (it is {getattr(settings, name):g})"
-    )
-
-
-def _parts(
-    m: RecipeContext,
-    rows_of: Callable[[TokenShards], PairRows | JudgedRows],
-    objective: Preference | Kto,
-    needs_reference: bool,
-) -> ObjectiveParts:
-    """Objective parts; computes the reference's log-probabilities if they are needed and missing."""
-    data, is_of_pairs = m.recipe.data, m.recipe.objective == "dpo"
-    train = dict(zip(data.weights, map(rows_of, m.corpus.train), strict=True))
+    train = dict(zip(recipe.data.weights, map(rows_of, m.corpus.train), strict=True))
     validation = rows_of(m.corpus.validation)
     all_rows = [*train.values(), validation]
     for line in validation.report():
         m.reporter.say(f"validation: {line}")
-    if needs_reference:
+    if has_reference(recipe):
         _add_reference(m, all_rows)
     return ObjectiveParts(
-        batches=stream_of(train, data, m.recipe.tokens_of_row(m.length), m.rows_per_step, m.recipe.seed),
+        batches=stream_of(train, recipe.data, recipe.tokens_of_row(m.length), m.rows_per_step, recipe.seed),
         objective=objective,
         validate=ValidatePreferences(validation, objective, m),
         validation_tokens=2 * validation.rows_in_epoch * m.length,
-        measures={"validation_loss": False} | dict.fromkeys(["validation/rewards/accuracy"] * is_of_pairs, True),
+        measures={"validation_loss": False} | dict.fromkeys(["validation/rewards/accuracy"] * of_pairs, True),
         longest=rounded_up(max(rows.longest for rows in all_rows)),
     )
 

@@ -20,8 +20,8 @@ import jinja2
 import yaml
 
 from slmkit.config import UserError, read_json_object, read_yaml
-from slmkit.find import find_model_directory, learned_conversations
-from slmkit.hub import HubName, hub_name, publish
+from slmkit.files.find import find_model_directory, learned_conversations
+from slmkit.files.hub import HubName, hub_name, publish
 from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS

@@ -24,7 +24,7 @@ from slmkit.data.prepare.open_sources import items_of
 from slmkit.data.sources import open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.files import write_whole
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.generation.generator import generate_ids
 from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
@@ -72,15 +72,12 @@ class Figures:
 
 def expect_possible(model: str, request: Request) -> list[Path]:
     """The output directories. Raises `UserError` for what cannot be done, or a directory that exists."""
-    for kind in request.kinds:
-        if kind not in LARGEST:
-            raise UserError(f"--to {kind}: expected {', '.join(LARGEST)}")
+    if unknown := next((kind for kind in request.kinds if kind not in LARGEST), None):
+        raise UserError(f"--to {unknown}: expected {', '.join(LARGEST)}")
     if len(set(request.kinds)) < len(request.kinds):
         raise UserError(f"--to {' --to '.join(request.kinds)}: give each once")
     if request.group not in (None, *GROUPS):
         raise UserError(f"--group {request.group}: expected {', '.join(map(str, GROUPS))}")
-    if request.embedding not in ("bfloat16", "int8") or request.method not in ("gptq", "round"):
-        raise UserError("--embedding is bfloat16 or int8, and --method gptq or round")
     if request.output is not None and len(request.kinds) > 1:
         raise UserError("--output is for one --to; several get names of their own, such as MODEL-int4")
     name = model.rstrip("/") if Path(model).exists() else Path(model).name  # a folder OWNER would hide the hub's

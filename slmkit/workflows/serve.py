@@ -17,8 +17,8 @@ from pydantic import FiniteFloat, validate_call
 
 from slmkit.config import UserError
 from slmkit.files import read_text
-from slmkit.find import find_model_directory, learned_conversations, run_of
-from slmkit.hub import hub_name
+from slmkit.files.find import find_model_directory, learned_conversations, run_of
+from slmkit.files.hub import hub_name
 from slmkit.serving.doors import Limits
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slmkit.config import UserError
 from slmkit.device import Device, find_device
-from slmkit.find import find_run
+from slmkit.files.find import find_run
 from slmkit.model.config import SLMConfig
 from slmkit.training.checkpoints.checkpoint import complete_checkpoints, load_checkpoint, newest_intact, step_of
 from slmkit.training.checkpoints.flight_recorder import Replay, read_record, replay_step
@@ -132,8 +132,8 @@ def resume_run(
         else:
             group.from_main(True)
             opened = open_run(run, device, group)
-        if group.from_main(_is_finished(opened)):
-            reporter.say(_finished(opened))
+        if finished := group.from_main(_finished(opened)):
+            reporter.say(finished)
             return run
         opened.train(resume=True)
     return run
@@ -166,22 +166,18 @@ def go_on(
 
 def _apply_changes(opened: PreparedRun, before: Recipe, replan: bool) -> None:
     """Apply, report and record the changes since the recipe `before`. Raises `UserError` for one not allowed."""
-    context, batches = opened.context, opened.parts.batches
-    run, reporter, world = context.run, context.reporter, context.group.world
-    step, changes = run.newest_step(), changes_between(before, context.recipe)
-    plan_before = context.plan(batches, before)
-    if replan or any(map(is_of_length, changes)):
-        replanned = opened.plan
-        context.recipe = with_length(run.root, before, context.recipe, plan_before.steps, replanned.steps, step, replan)
-        opened.plan = context.plan(batches)
-        reporter.say(said_of_length(plan_before, opened.plan, replanned, context.recipe.train, step))
-        changes = changes_between(before, context.recipe)
+    context, rows_per_step = opened.context, opened.parts.batches.rows_per_step
+    run, reporter, world, step = context.run, context.reporter, context.group.world, context.run.newest_step()
+    plan_before = context.plan(opened.parts.batches, before)
+    if replan or any(map(is_of_length, changes_between(before, context.recipe))):
+        _change_length(opened, before, plan_before, step, replan)
+    changes = changes_between(before, context.recipe)
     if changes:
         reporter.say(f"from step {step + 1} on: {', '.join(map(str, changes))}")
     ranks = run.described().get(PROCESSES, 1)
     if ranks != world:
         changes.append(Change(PROCESSES, ranks, world))
-    share = -(-batches.rows_per_step // world)  # rows per process
+    share = -(-rows_per_step // world)  # rows per process
     was, now = (min(plan.rows_per_micro_batch, share) for plan in (plan_before, opened.plan))
     if draws_by_process(context.recipe, context.config) and (ranks != world or was != now):
         reporter.warn(
@@ -191,6 +187,45 @@ def _apply_changes(opened: PreparedRun, before: Recipe, replan: bool) -> None:
     if changes:
         run.change(context.recipe, changes, step)
         run.add(**{PROCESSES: world})
+
+
+def _change_length(opened: PreparedRun, before: Recipe, plan_before: Plan, step: int, replan: bool) -> None:
+    """Let the learning rate keep its previous schedule, or with `replan` or before the first step spread it over the
+    new length; and say so.
+
+    `step`: the steps done. Raises `UserError` for a length that the run has passed.
+    """
+    context, spread = opened.context, opened.plan
+    train, steps = context.recipe.train, spread.steps
+    if steps < step:
+        key = _length_key(train)
+        raise UserError(
+            f"{context.run.root}: step {step} is done, and train.{key} would end the run at step {steps}: raise it"
+        )
+    was, over = before.train.lr_schedule_steps, train.lr_schedule_steps
+    if replan or not step:
+        over = None if over == was else over
+    elif over == was:
+        over = was or plan_before.steps
+    over = None if over == steps else over
+    train = train.model_copy(update={"lr_schedule_steps": over})
+    context.recipe = context.recipe.model_copy(update={"train": train})
+    opened.plan = context.plan(opened.parts.batches)
+    old, new, anew = (train.learning_rate * plan.schedule(step) for plan in (plan_before, opened.plan, spread))
+    if over is None:
+        would_be = f", where it would have been {old:.3g}" if step else ""
+        line = f"is planned anew over {steps} steps: {new:.3g} at the next step{would_be}"
+    else:
+        line = (
+            f"keeps to its schedule over {over} steps: {new:.3g} at the next step (--replan would spread it over all "
+        )
+        line += f"{steps}: {anew:.3g})"
+    context.reporter.say(f"the learning rate {line}")
+
+
+def _length_key(train: TrainSettings) -> str:
+    """The setting that says how long a run is."""
+    return next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
 
 
 def expect_the_same(prepared: PreparedRun) -> None:
@@ -208,73 +243,31 @@ def expect_the_same(prepared: PreparedRun) -> None:
             shards.verify()
 
 
-def with_length(
-    root: Path, prepared: Recipe, recipe: Recipe, before: int, after: int, step: int, replan: bool
-) -> Recipe:
-    """The recipe with its previous schedule or, with `replan` or before the first step, one over the new length.
-
-    `before` and `after` are the run's steps by the recipe `prepared` and by the edited one, `step` those done.
-    Raises `UserError` for a length that the run has passed.
-    """
-    if after < step:
-        key = next(name for name in (*LENGTHS, "num_train_epochs") if getattr(recipe.train, name, None) is not None)
-        raise UserError(f"{root}: step {step} is done, and train.{key} would end the run at step {after}: raise it")
-    was, now = prepared.train.lr_schedule_steps, recipe.train.lr_schedule_steps
-    if replan or not step:
-        now = None if now == was else now
-    elif now == was:
-        now = was or before
-    train = recipe.train.model_copy(update={"lr_schedule_steps": None if now == after else now})
-    return recipe.model_copy(update={"train": train})
-
-
-def said_of_length(before: Plan, after: Plan, replanned: Plan, train: TrainSettings, step: int) -> str:
-    """Message on the learning rate after the run's length was changed."""
-
-    def rate(plan: Plan, step: int) -> str:
-        return f"{train.learning_rate * plan.schedule(step):.3g}"
-
-    if train.lr_schedule_steps is None:
-        was = f", where it would have been {rate(before, step)}" if step else ""
-        return f"the learning rate is planned anew over {after.steps} steps: {rate(after, step)} at the next step{was}"
-    now, last, anew = rate(after, step), rate(after, after.steps - 1), rate(replanned, step)
-    ahead = now if now == last else f"{now} at the next step, {last} at the last"
-    otherwise = "" if anew == now else f": {anew} at the next step"
-    return (
-        f"the learning rate keeps to its schedule over {train.lr_schedule_steps} steps: {ahead} "
-        f"(--replan would spread it over all {after.steps}{otherwise})"
-    )
-
-
 def draws_by_process(recipe: Recipe, config: SLMConfig) -> bool:
     """Whether random numbers of a step depend on the number of processes."""
     dropout = max(config.hidden_dropout, config.attention_dropout, recipe.lora.lora_dropout if recipe.lora else 0.0)
     return dropout > 0 or recipe.objective == "grpo"
 
 
-def _is_finished(opened: PreparedRun) -> bool:
-    """Whether all steps are done or the run ended early. Raises `UserError` if all its checkpoints are damaged."""
-    run, plan = opened.context.run, opened.plan
+def _finished(opened: PreparedRun) -> str | None:
+    """That the run is finished, and how to train it longer; None if it is not.
+
+    Raises `UserError` if all its checkpoints are damaged.
+    """
+    run, plan, train = opened.context.run, opened.plan, opened.context.recipe.train
     step, ended = run.newest_step(), run.described().get("finished") or {}
     ended_early = step == ended.get("step") and step < ended["steps"] and plan.patience == ended["patience"]
     ended_early &= ended.get("metric", "validation_loss") == plan.goal.metric
-    if not (step >= plan.steps or ended_early):
-        return False
+    if step < plan.steps and not ended_early:
+        return None
     newest = newest_intact(run.checkpoints, lambda line: None)
-    return newest is not None and step_of(newest) == step
-
-
-def _finished(opened: PreparedRun) -> str:
-    """Message that the run is finished, and how to train it longer."""
-    run, train, steps = opened.context.run, opened.context.recipe.train, opened.plan.steps
-    step, root = run.newest_step(), run.root
-    name = next((name for name in LENGTHS if getattr(train, name) is not None), "num_train_epochs")
-    if step < steps:
-        if train.early_stopping_patience is None:
-            return f"{root}: finished at step {step} of {steps}, where its data ended"
-        name = "early_stopping_patience"
-    longer = f"slm resume {root} train.{name}={2 * (getattr(train, name) or 1):g}"
-    return f"{root}: finished at step {step}; to train longer: {longer}"
+    if newest is None or step_of(newest) != step:
+        return None
+    if step < plan.steps and train.early_stopping_patience is None:
+        return f"{run.root}: finished at step {step} of {plan.steps}, where its data ended"
+    key = "early_stopping_patience" if step < plan.steps else _length_key(train)
+    longer = f"slm resume {run.root} train.{key}={2 * (getattr(train, key) or 1):g}"
+    return f"{run.root}: finished at step {step}; to train longer: {longer}"
 
 
 def replay_run(directory: str | Path, step: int, reporter: Reporter) -> Replay:

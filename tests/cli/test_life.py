@@ -150,7 +150,9 @@ def test_runs_are_listed_and_drawn(folder: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
     assert "no figures here" in refused("plot", "runs", cwd=folder)
-    assert "did you mean 'tokens'?" in refused("plot", "runs/book", "--over", "token", cwd=folder)
+    assert "'token' is not one of 'tokens', 'time', 'steps'" in refused(
+        "plot", "runs/book", "--over", "token", cwd=folder
+    )
     assert "nowhere: no such folder" in refused("runs", "nowhere", cwd=folder)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slmkit.model import attend as module
-from slmkit.model.attend import attend, causal_products
-from slmkit.model.context import AttentionInputs
+from slmkit.model.attend import AttentionInputs, attend, causal_products
 
 
 def heads(tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:

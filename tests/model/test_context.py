@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slmkit.model import context as module
-from slmkit.model.attend import attend
-from slmkit.model.context import AttentionInputs, _starts, block_mask, dense_mask
+from slmkit.model import attend as module
+from slmkit.model.attend import AttentionInputs, _starts, attend, block_mask, dense_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

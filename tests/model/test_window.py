@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slmkit.model import context as module
+from slmkit.model import attend as module
 from slmkit.model.architectures import Layer
-from slmkit.model.attend import attend
+from slmkit.model.attend import QUERIES_AT_ONCE, AttentionInputs, Context, attend, block_mask, dense_mask
 from slmkit.model.config import SLMConfig
-from slmkit.model.context import QUERIES_AT_ONCE, AttentionInputs, Context, block_mask, dense_mask
 from slmkit.model.initialization import build_decoder
 from slmkit.model.sizes import flops_per_token
 from tests.model.test_cache import FAMILIES, decoder_of, ids, in_pieces

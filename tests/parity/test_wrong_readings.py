@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from slmkit.model.architectures import Architecture, Layer
-from slmkit.model.context import Context
+from slmkit.model.attend import Context
 from slmkit.model.decoder import Decoder
 from slmkit.model.rope import Rope, Yarn
 from tests.parity.configurations import LLAMA3, VOCAB, YARN, Settings

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slmkit.config import UserError
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.training.logging.metrics_log import MetricsLog, append_samples, environment, rewind_samples
 from slmkit.training.logging.plots import plot_losses
 from slmkit.training.loop import Every, Goal, Report, RunStopped, State

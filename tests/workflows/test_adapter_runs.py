@@ -16,7 +16,7 @@ from slmkit.adapt.load import load_adapted, load_model, start_adapter
 from slmkit.config import UserError, load_settings
 from slmkit.data.stream import Stream
 from slmkit.device import find_device
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import empty_decoder, load_decoder, save_decoder
 from slmkit.model.initialization import build_decoder

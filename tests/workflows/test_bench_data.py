@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import data_peers as benchmark_peers
-from benchmarks.data import measure
-from slmkit.workflows.bench import TEMPLATES, corpus, talks_of, write_sparse_shards
+from benchmarks.data import TEMPLATES, measure, write_sparse_shards
+from slmkit.workflows.bench import corpus, talks_of
 from tests.cli.helpers import slm
 
 
@@ -35,21 +35,17 @@ def test_sparse_shards_are_read_like_any_and_take_no_room(tmp_path: Path):
 
 
 def test_the_command_says_every_measure():
-    done = slm("bench", "data", "--megabytes", "0.2", "--gigabytes", "2", "--rounds", "1")
+    done = slm("bench", "data", "--megabytes", "0.2", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == [
         "encoding, one thread",
         "preparation, all cores",
-        *(f"conversations, {name}" for name in TEMPLATES),
+        "conversations, all cores",
         "loading",
-        "loading from 2 GB",
-        "first batch of a process",
     ]
     figures = [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith(" ")]
     assert all(len(figure) == 2 and "{" not in figure[1] for figure in figures), figures
-    tokens = [int(value.replace(",", "")) for name, value in figures if name == "tokens in the shards"]
-    assert tokens[1] >= 1_000_000_000
 
 
 def test_the_benchmark_measures_the_same_work_beside_others():

@@ -292,7 +292,9 @@ def test_rounding_hides_no_wrong_conversion(model: Path, tmp_path: Path, monkeyp
         with pytest.raises(UserError, match="log-probabilities of the same weights: a mean divergence"):
             export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
     with_fault("gguf", monkeypatch, swap_rows)
-    with pytest.raises(UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: 32 neighbours"):
+    with pytest.raises(
+        UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: 32 neighbours"
+    ):
         export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
     assert entries(tmp_path) == ["right.gguf", "right.gguf.parity.json"]
 
@@ -485,8 +487,8 @@ def test_a_record_says_which_program_reads_a_folder(model: Path, tmp_path: Path)
     for content, target in (('{"target": "mlx", "kind": "int4"}', "mlx"), ("[]", "hf"), ("{", "hf")):
         copy = Path(shutil.copytree(model, tmp_path / "copy", dirs_exist_ok=True))
         (copy / "parity.json").write_text(content)
-        _, kind, opened = workflow._given(str(copy))
-        assert opened.func is TARGETS[target].open
+        _, kind, make = workflow._given(str(copy))
+        assert make().func is TARGETS[target].open
         assert kind == ("int4" if target == "mlx" else "float32")
 
 

@@ -18,7 +18,7 @@ from slmkit.data.prepare.text_to_shards import prepare_text
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import Document
 from slmkit.device import find_device
-from slmkit.find import find_model_directory
+from slmkit.files.find import find_model_directory
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.training.logging.metrics_log import mark_running
 from slmkit.training.recipe.recipe import Recipe

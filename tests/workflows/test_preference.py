@@ -20,11 +20,9 @@ from slmkit.training import loop
 from slmkit.training.estimate.forecast import PlanFile
 from slmkit.training.logging.plots import plot_runs
 from slmkit.training.objectives.preference import reference_log_probabilities
-from slmkit.training.recipe.objective_settings import KtoSettings
 from slmkit.training.recipe.recipe import Recipe
 from slmkit.training.run_directory import RunDirectory
 from slmkit.workflows.grpo import REWARDS, exact, find_reward, number
-from slmkit.workflows.preference import weights_hint
 from slmkit.workflows.train import replay_run, resume_run, train_recipe
 from tests.test_life import Silent
 from tests.training.helpers import TOKENIZER
@@ -127,17 +125,6 @@ def test_an_objective_without_a_reference_stores_none(start: Path, tmp_path: Pat
     assert not (train_recipe(free, Silent()).data / "reference.safetensors").exists()
 
 
-def test_far_more_good_answers_than_bad_ones_are_hinted_at() -> None:
-    hint = weights_hint(900, 100, KtoSettings())
-    assert hint is not None
-    assert "set kto.undesirable_weight between 6.8 and 9 (it is 1)" in hint
-    assert weights_hint(900, 100, KtoSettings(undesirable_weight=7)) is None
-    fewer = weights_hint(100, 900, KtoSettings())
-    assert fewer is not None
-    assert "set kto.desirable_weight between 9 and 12 (it is 1)" in fewer
-    assert weights_hint(110, 100, KtoSettings()) is None
-
-
 def test_a_batch_counts_both_answers_of_a_pair(start: Path, tmp_path: Path) -> None:
     reporter = Silent()
     train_recipe(recipe(start, tmp_path / "dpo", "dpo", {"tokens_per_step": 8 * 64}), reporter, dry_run=True)
@@ -226,7 +213,7 @@ def test_rewards_are_plain_functions() -> None:
     assert number("", "none", "46") == 0
     assert find_reward("slmkit.workflows.grpo:number") is number
     for name in ("slmkit.workflows.grpo:nothing", "no_such_module:f"):
-        with pytest.raises(UserError, match="cannot be found"):
+        with pytest.raises(UserError, match="no function 'nothing'|cannot be loaded: ModuleNotFoundError"):
             find_reward(name)
 
 

@@ -24,11 +24,6 @@ def test_a_proposal_spends_its_budget_and_more_time_buys_a_lower_loss() -> None:
     assert 10 < 2e9 / by_tokens.estimate.parameters < 40
 
 
-def test_a_proposal_without_a_budget_is_refused() -> None:
-    with pytest.raises(UserError, match="needs a budget"):
-        propose()
-
-
 def test_a_proposal_takes_its_data_and_nothing_else(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("x" * 400_000)

@@ -126,8 +126,6 @@ def test_perplexity_is_that_of_a_text_if_one_is_given(model: Path, tmp_path: Pat
         (Request(["int4"], output="/"), "/: exists already"),
         (Request(["int4", "int8", "int4"]), "--to int4 --to int8 --to int4: give each once"),
         (Request(["int4", "int8"], output="x"), "--output is for one --to"),
-        (Request(["int4"], embedding="int4"), "--embedding is bfloat16 or int8"),
-        (Request(["int4"], method="awq"), "--method gptq or round"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(request_: Request, words: str, model: Path) -> None:
@@ -135,6 +133,11 @@ def test_what_cannot_be_is_said_before_any_work(request_: Request, words: str, m
     with pytest.raises(UserError, match=words):
         quantize_model(str(model), request_)
     assert sorted(model.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("--embedding", "int4"), ("--method", "awq")])
+def test_the_command_names_the_words_that_it_knows(option: str, value: str, model: Path) -> None:
+    assert f"'{value}' is not one of " in refused("quantize", model, "--to", "int4", option, value)
 
 
 def test_a_model_of_the_hub_gets_a_directory_here() -> None:

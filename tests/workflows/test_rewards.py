@@ -86,6 +86,7 @@ ANSWERS = {
     "list": (lambda p, a, k: [1.0, 0.0], r"returned \[1.0, 0.0\] \(a list\)"),
     "list of one": (lambda p, a, k: [1.0], r"returned \[1.0\] \(a list\)"),
     "array": (lambda p, a, k: np.ones(2), r"returned array\(\[1., 1.\]\) \(a value of type ndarray\)"),
+    "other arguments": (lambda prompts, scale: 1.0, r"TypeError: .* takes 2 positional arguments but 3 were given"),
     "raises": (lambda p, a, k: 1 / 0, r"ZeroDivisionError: division by zero \(test_rewards.py, line \d+\),"),
     "raises of many lines": (lambda p, a, k: {}["a\nb"], r"KeyError: 'a\\nb' \(test_rewards.py, line \d+\),"),
 }
@@ -108,12 +109,10 @@ def test_whatever_is_one_number_is_taken(value: object) -> None:
 
 
 FILES = {
-    "def score(answer):\n    return 1.0\n": r"takes \(answer\); expected a function of three texts",
-    "def score(prompts, completions, answers, scale):\n    return 1.0\n": r"takes \(prompts, .*, scale\); expected",
     "def skore(prompt, answer, known):\n    return 1.0\n": "no function 'score'; did you mean 'skore'",
     "score = 1.0\n": "no function 'score'",
     "def score(prompt, answer, known)\n": "cannot be loaded: SyntaxError: expected ':'",
-    "import nothing_of_this_name\n": "cannot be found: No module named 'nothing_of_this_name'",
+    "import nothing_of_this_name\n": "cannot be loaded: ModuleNotFoundError: No module named 'nothing_of_this_name'",
     "raise RuntimeError('no key\\nset')\n": r"cannot be loaded: RuntimeError: no key set \(mine.py, line 1\)",
 }
 

@@ -21,7 +21,7 @@ from slmkit.data.sources.documents import PIECE
 from slmkit.data.sources.files import KINDS, File, kind_of, listed, local_file
 from slmkit.data.sources.folders import Chosen, choose, find
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.hub import NetworkError, network
+from slmkit.files.hub import NetworkError, network
 
 BLOCK = 1 << 23  # bytes per request
 STALLED = 20.0  # seconds without data after which a plain http connection counts as broken

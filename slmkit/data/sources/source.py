@@ -20,7 +20,7 @@ from slmkit.data.sources.remote import RetryPolicy, find_files, is_remote
 from slmkit.data.sources.row_formats import RowFormats
 from slmkit.data.sources.rows import ROWS
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.hub import NetworkError
+from slmkit.files.hub import NetworkError
 
 ROWS_LOOKED_AT = 50  # to tell their kind
 MOST_NAMED = 8  # columns or tokens, in a line of the report

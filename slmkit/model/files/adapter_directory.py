@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from slmkit.config import Settings, UserError, read_json_object
-from slmkit.find import find_model_directory
-from slmkit.hub import HubName, hub_directory, hub_name
+from slmkit.files.find import find_model_directory
+from slmkit.files.hub import HubName, hub_directory, hub_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

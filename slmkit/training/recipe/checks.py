@@ -13,7 +13,7 @@ from slmkit.config import UserError
 from slmkit.data.sources import BUILT_IN, expect_source
 from slmkit.data.sources.files import TEXT_KINDS, kind_of
 from slmkit.data.sources.settings import SourceSettings
-from slmkit.find import find_config_directory, find_tokenizer_directory
+from slmkit.files.find import find_config_directory, find_tokenizer_directory
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 
 Reads = Callable[[Recipe], bool]

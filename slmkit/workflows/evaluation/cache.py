@@ -20,7 +20,7 @@ import slmkit
 from slmkit.config import UserError
 from slmkit.evaluation.results import TaskResult
 from slmkit.files import cache_folder, write_whole
-from slmkit.find import find_model_directory, find_tokenizer_directory
+from slmkit.files.find import find_model_directory, find_tokenizer_directory
 from slmkit.model.files.adapter_directory import base_of, is_adapter
 
 # Files that a model or tokenizer is loaded from: weights, configurations, vocabularies, chat templates.

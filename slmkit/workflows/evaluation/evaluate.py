@@ -24,7 +24,7 @@ from slmkit.data.sources.settings import SourceSettings
 from slmkit.device import find_device
 from slmkit.evaluation.perplexity import chat_result, text_result, window_and_stride
 from slmkit.evaluation.results import TaskResult
-from slmkit.find import find_model_directory, find_tokenizer_directory, run_of
+from slmkit.files.find import find_model_directory, find_tokenizer_directory, run_of
 from slmkit.generation.ensemble import LanguageModel
 from slmkit.model.config import SLMConfig
 from slmkit.model.files.adapter_directory import config_directory, is_adapter

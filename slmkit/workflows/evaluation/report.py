@@ -21,7 +21,7 @@ from slmkit.data.settings import CleaningSettings
 from slmkit.evaluation.intervals import in_digits
 from slmkit.evaluation.results import FORMS, TaskResult
 from slmkit.files import read_text, write_whole
-from slmkit.find import find_run
+from slmkit.files.find import find_run
 from slmkit.model.architectures import architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.sizes import flops_per_token, parameter_count

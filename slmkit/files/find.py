@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 
 from slmkit.config import UserError, kind_of_value, read_yaml
-from slmkit.hub import PUBLISHED, hub_directory, hub_name
+from slmkit.files.hub import PUBLISHED, hub_directory, hub_name
 
 
 def find_model_directory(path: str | Path) -> Path:
