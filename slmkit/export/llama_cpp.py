@@ -15,18 +15,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from slmkit.config import UserError, importing, one_line
 from slmkit.files.child import Child, free_port
-
-if TYPE_CHECKING:
-    from slmkit.export.runtimes import Loaded, Stored
 
 KEY = "SLM_LLAMA_CPP_KEY"  # environment: the key that the child asks of each request
 ERROR = re.compile(r"^(?:[\d.]+ E )?(?:\w+: )?(error loading model: .*|.*GGML_ASSERT.*|.*GGML_ABORT.*)$", re.M)
@@ -77,12 +74,6 @@ class LlamaCpp:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def stored(self, loaded: Loaded) -> Iterable[Stored]:
-        """The matrices of the file."""
-        from slmkit.export.gguf import matrices_of  # here, since it imports torch, which a child does without
-
-        return matrices_of(self.gguf, loaded)
 
     def close(self) -> None:
         self.connection.close()

@@ -32,8 +32,9 @@ from slmkit.export.compare import (
     compare,
     mean_divergence,
 )  # fmt: skip
-from slmkit.export.gguf import plan_tensors
+from slmkit.export.gguf import matrices_of, plan_tensors
 from slmkit.export.gguf_types import PlannedTensor
+from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
 from slmkit.export.targets import TARGETS, Request, Target, written
 from slmkit.files import file_sha256, staged
@@ -102,7 +103,8 @@ def compared(
     """The model and a runtime of its weights in `kind`; of those that we rounded also what is computed with them."""
     bounds = bounds_for(kind, loaded, probe, expected)
     same_weights = None
-    if is_ours and not bounds.greedy and (matrices := [*runtime.stored(loaded)]):
+    read = functools.partial(matrices_of, runtime.gguf) if isinstance(runtime, LlamaCpp) else runtime.stored
+    if is_ours and not bounds.greedy and (matrices := [*read(loaded)]):
         rounded = Slmkit(as_stored(matrices, loaded), loaded.tokenizer, 0)
         activations = "int8" if runtime.rounds_activations and bits_of(kind) < 16 else "float16"
         of_activations = bounds_for(activations, loaded, probe, expected)
