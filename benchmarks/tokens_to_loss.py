@@ -5,12 +5,12 @@ python -m benchmarks.tokens_to_loss --text … --seeds 2 --only muon      # some
 python -m benchmarks.tokens_to_loss --text … --small --steps 160        # 1.1 M parameters
 python -m benchmarks.tokens_to_loss --draw docs/tokens_to_loss.png      # only the table and plot, of what was measured
 
-AdamW's learning rate, warm-up, beta 2 and weight decay are the best of those tried one after another in runs of their
-own (seed 100), Muon's learning rate likewise; `--tune` names those to try. All other settings of a technique are the
-tuned AdamW's. A technique's figure is the tokens at which its validation loss first is that at which AdamW's run of the
-same seed ended, on a straight line between two looks, as a share of AdamW's tokens. In the second half of every run an
-exponential average of the weights is looked at besides: `averaged`. Results are written after each run, and a run that
-was made is not made again: a second start goes on.
+AdamW's warm-up, learning rate and beta 2 are the best of those tried one after another on the first text, in runs of
+their own (seed 100). All settings that a technique does not change are these; Muon's rate is the recipes'. A
+technique's figure is the tokens at which its validation loss first is that at which AdamW's run of the same seed ended,
+on a straight line between two looks, as a share of AdamW's tokens. In the second half of every run an exponential
+average of the weights is looked at besides: `averaged`. Results are written after each run, and a run that was made is
+not made again: a second start goes on.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.runs import First, Quiet
+from slmkit.data.batch import Batch
 from slmkit.data.prepare.corpus import Corpus, DataSettings, TokenizerSettings, build_corpus
-from slmkit.data.stream import DocumentRows, PretrainRows, Stream
+from slmkit.data.stream import DocumentRows, PretrainRows, Stream, shuffled
 from slmkit.device import find_device, keep_freed_memory
 from slmkit.evaluation import validation_loss
 from slmkit.model.config import SLMConfig
+from slmkit.model.decoder import Decoder
 from slmkit.model.initialization import build_decoder
 from slmkit.training.fit import make_plan
 from slmkit.training.logging.metrics_log import environment
-from slmkit.training.loop import Every, Report, State, train
+from slmkit.training.loop import Every, Plan, Report, State, train
 from slmkit.training.objective import next_token
 from slmkit.training.optimizers.choose import make_optimizers
 from slmkit.training.recipe.recipe import TrainSettings
@@ -50,13 +54,9 @@ SHAPES = {
 }
 TUNING_SEED = 100
 DEFAULTS = TrainSettings().model_dump()
-Changes = dict[str, Any]  # keys of the section train, and `initialization`
-TUNED: dict[str, dict[str, tuple[float | None, ...]]] = {  # the first is what is taken where nothing is tried
-    "adamw": {
-        "learning_rate": (2e-3, 1e-3, 4e-3), "warmup_ratio": (None, 0.2), "adam_beta2": (0.95, 0.99),
-        "weight_decay": (0.1, 0.01),
-    },
-    "muon": {"muon_learning_rate": (0.02, 0.01, 0.04)},
+Changes = dict[str, Any]  # keys of the section train; others are this file's own, below
+TUNED: dict[str, tuple[float | None, ...]] = {  # of AdamW, in this order
+    "warmup_ratio": (None, 0.2), "learning_rate": (1e-3, 2e-3, 5e-4), "adam_beta2": (0.95, 0.99),
 }  # fmt: skip
 MUON: Changes = {"optimizer": "muon"}
 TO_ZERO: Changes = {"lr_scheduler_type": "linear", "min_learning_rate_ratio": 0.0}
@@ -65,13 +65,16 @@ TECHNIQUES: dict[str, Changes] = {
     "adamw": {},
     "muon": MUON,
     "muon, row variance": MUON | {"muon_beta2": 0.95},
-    "linear to zero": TO_ZERO,
     "stable, then to zero": STABLE,
-    "muon, linear to zero": MUON | TO_ZERO,
+    "linear to zero": TO_ZERO,
+    "batch ramp": {"batch_ramp": True},
+    "zero outputs": {"zero_outputs": True},
+    "cautious decay": {"cautious_decay": True},
 }
 COLORS = {
-    "adamw": "tab:orange", "muon": "tab:blue", "muon, row variance": "tab:green", "muon, linear to zero": "tab:purple",
-    "linear to zero": "tab:brown", "stable, then to zero": "tab:gray",
+    "adamw": "tab:orange", "muon": "tab:blue", "muon, row variance": "tab:green", "batch ramp": "tab:purple",
+    "linear to zero": "tab:brown", "stable, then to zero": "tab:gray", "zero outputs": "tab:red",
+    "cautious decay": "tab:cyan", "muon, linear to zero": "tab:olive",
 }  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "tokens_to_loss.json"
 Curve = list[tuple[int, float, float]]  # tokens, validation loss, that of the averaged weights
@@ -80,30 +83,102 @@ Curve = list[tuple[int, float, float]]  # tokens, validation loss, that of the a
 def one_run(corpus: Corpus, size: str, steps: int, seed: int, changes: Changes) -> Curve:
     """Train once from fresh weights, and look at the validation loss now and then."""
     device = find_device("cpu")
-    keys = {key: value for key, value in changes.items() if key != "initialization"}
+    keys = {key: value for key, value in changes.items() if key in DEFAULTS}
     settings = TrainSettings(sequence_length=LENGTH, tokens_per_step=TOKENS_PER_STEP, max_steps=steps, **keys)
     vocabulary = {"vocab_size": len(corpus.tokenizer), "eos_token_id": corpus.tokenizer.eos_token_id}
     config = SLMConfig(max_position_embeddings=LENGTH, **vocabulary, **SHAPES[size])
-    model = build_decoder(config, seed, changes.get("initialization", "gpt2"))
+    model = build_decoder(config, seed)
+    if "zero_outputs" in changes:
+        zero_outputs(model)
     rows = PretrainRows(corpus.train[0], LENGTH)
     validation = First(DocumentRows(corpus.validation, LENGTH), VALIDATION_ROWS)
-    stream = Stream(rows, settings.rows_per_step(LENGTH), seed)
     plan = make_plan(settings, rows.rows_in_epoch, LENGTH, device)
-    state = State(model, make_optimizers(model, settings, device), seed=seed)
+    stream = Stream(rows, settings.rows_per_step(LENGTH), seed)
+    first_rows = [step * stream.rows_per_step for step in range(steps + 1)]  # of each step; at last, all rows
+    if "batch_ramp" in changes:
+        stream = RampedStream(rows, stream.rows_per_step, seed, steps)
+        first_rows, plan = stream.first_rows, stream.plan(plan)
+    optimizers: list[Any] = make_optimizers(model, settings, device)
+    if "cautious_decay" in changes:
+        optimizers = [*map(CautiousDecay, optimizers)]
+    state = State(model, optimizers, seed=seed)
     averaged = copy.deepcopy(model)
     curve: Curve = []
 
-    def average(state: State, report: Report) -> None:
+    def average_and_look(state: State, report: Report) -> None:
         with torch.no_grad():
             torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - AVERAGE)
+        done, total = first_rows[state.step], first_rows[-1]
+        if done * LOOKS // total > len(curve):
+            loss = validation_loss(model, validation, device).loss
+            of_averaged = validation_loss(averaged, validation, device).loss if 2 * done >= total else loss
+            curve.append((state.tokens, round(loss, 4), round(of_averaged, 4)))
 
-    def look(state: State, report: Report) -> None:
-        loss = validation_loss(model, validation, device).loss
-        of_averaged = validation_loss(averaged, validation, device).loss if 2 * state.step >= steps else loss
-        curve.append((state.tokens, round(loss, 4), round(of_averaged, 4)))
-
-    train(state, next_token, stream, plan, [Every(1, average), Every(max(1, steps // LOOKS), look)])
+    train(state, next_token, stream, plan, [Every(1, average_and_look)])
     return curve
+
+
+# -- Techniques that the package does not have -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def zero_outputs(model: Decoder) -> None:
+    """The last matrix of each attention and each MLP becomes zero: every block begins as the identity.
+
+    Zhang et al. 2019, "Fixup Initialization", arXiv:1901.09321.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            parameter.zero_()
+
+
+class CautiousDecay:
+    """An optimizer, with weight decay only where the step itself brings a weight nearer to zero.
+
+    Chen et al. 2025, "Cautious Weight Decay", arXiv:2510.12402.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        before = [[p.clone() for p in group["params"]] for group in self.param_groups]
+        self.optimizer.step()
+        for group, decay, olds in zip(self.param_groups, self.decays, before):
+            for p, old in zip(group["params"], olds):
+                shrinks = (p - old) * old < 0
+                p.sub_(old * shrinks, alpha=group["lr"] * decay)
+
+
+class RampedStream(Stream):
+    """The rows of `steps` steps of a stream, in their order, in steps that grow.
+
+    The first quarter of them is in steps of a quarter of the rows, the second in steps of half, the rest in whole ones.
+    """
+
+    def __init__(self, rows: PretrainRows, rows_per_step: int, seed: int, steps: int) -> None:
+        super().__init__(rows, rows_per_step, seed)
+        self.first_rows, total = [0], rows_per_step * steps
+        while (first := self.first_rows[-1]) < total:
+            part = 4 if first < total // 4 else 2 if first < total // 2 else 1
+            self.first_rows.append(min(total, first + max(1, rows_per_step // part)))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        positions = np.arange(self.first_rows[step], self.first_rows[step + 1])
+        return self.source.batch(shuffled(positions, self.source.rows_in_epoch, self.seed))
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan with the same rate at the same row, times the root of a step's share of the rows of a whole one."""
+
+        def schedule(step: int) -> float:
+            share = (self.first_rows[step + 1] - self.first_rows[step]) / self.rows_per_step
+            return plan.schedule(self.first_rows[step] // self.rows_per_step) * share**0.5
+
+        return replace(plan, steps=len(self.first_rows) - 1, schedule=schedule)
 
 
 def share(curve: Curve, end_of_adamw: tuple[int, float, float], column: int = 1) -> float | None:
@@ -119,8 +194,8 @@ def share(curve: Curve, end_of_adamw: tuple[int, float, float], column: int = 1)
 class Measured:
     """The runs on one text that are known, and those that are made and written down as they are asked for."""
 
-    def __init__(self, name: str, size: str, steps: int, corpus: Corpus | None, tune: list[str]) -> None:
-        self.name, self.size, self.steps, self.corpus, self.tune = name, size, steps, corpus, tune
+    def __init__(self, name: str, size: str, steps: int, corpus: Corpus | None, first: Measured | None) -> None:
+        self.size, self.steps, self.corpus, self.first = size, steps, corpus, first or self
         self.entry = f"{name}, {size} parameters, {steps} steps of {TOKENS_PER_STEP:,}"
         self.runs: dict[str, Curve] = read()["texts"].get(self.entry, {}).get("runs", {})
 
@@ -137,18 +212,13 @@ class Measured:
             RESULTS.write_text(json.dumps(content) + "\n")
         return self.runs[key]
 
-    def tuned(self, optimizer: str) -> Changes:
-        """The best settings, found for one key after another; for Muon on top of AdamW's."""
-        best: Changes = {} if optimizer == "adamw" else self.tuned("adamw") | {"optimizer": optimizer}
-        for key, values in TUNED[optimizer].items():
-            tried = values if key in self.tune else values[:1]
-            losses = {value: self.run(best | {key: value}, TUNING_SEED)[-1][1] for value in tried if len(tried) > 1}
-            best[key] = min(losses, key=losses.__getitem__, default=tried[0])
-        return best
-
     def settings(self, technique: str) -> Changes:
-        changes = TECHNIQUES[technique]
-        return self.tuned(changes.get("optimizer", "adamw")) | changes
+        """A technique's settings, on top of the best of AdamW, which are found for one key after another."""
+        best: Changes = {}
+        for key, values in TUNED.items():
+            losses = {value: self.first.run(best | {key: value}, TUNING_SEED)[-1][1] for value in values}
+            best[key] = min(losses, key=losses.__getitem__)
+        return best | TECHNIQUES[technique]
 
     def summary(self) -> dict[str, Any]:
         """Of each technique: last losses and shares of AdamW's tokens, by seed. Empty until the tuning is complete."""
@@ -231,7 +301,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=TECHNIQUES, default=[*TECHNIQUES], help="in this order")
-    parser.add_argument("--tune", nargs="*", default=[*TUNED["adamw"], *TUNED["muon"]], help="these keys")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--draw", type=Path, metavar="PNG")
     arguments = parser.parse_args()
@@ -249,12 +318,13 @@ def measure(arguments: argparse.Namespace) -> None:
     """The tuning of each text, then seed after seed of the techniques."""
     size = "1.1 M" if arguments.small else "5.6 M"
     with tempfile.TemporaryDirectory() as folder:
-        measured = []
+        measured: list[Measured] = []
         for name, source in (text.split("=", 1) for text in arguments.text or ["stories=stories"]):
             data = DataSettings(source=source, documents=2_000, validation_documents=200, validation_fraction=0.05)
             tokenizer = TokenizerSettings(vocab_size=VOCABULARY)
             corpus = build_corpus("text", data, tokenizer, 0, Path(folder) / name, None, Quiet())
-            measured.append(Measured(name, size, arguments.steps, corpus, arguments.tune))
+            first = measured[0] if measured else None
+            measured.append(Measured(name, size, arguments.steps, corpus, first))
         for seed, technique, text in itertools.product(range(arguments.seeds), arguments.only, measured):
             text.run(text.settings("adamw"), seed)
             text.run(text.settings(technique), seed)

@@ -78,21 +78,17 @@ def settings_of(models: Sequence[str], options: dict[str, Any]) -> dict[str, Any
 
 
 @with_options(OPTIONS)
-def eval_(
-    models: Models,
-    output: Output = None,
-    **options: Any,
-) -> None:
+def eval_(models: Models, output: Output = None, **options: Any) -> None:
     """Measure models on texts and tasks.
 
     On a text: loss, perplexity and bits per byte, with a sliding window. Bits per byte can be compared between models
     with different tokenizers. On tasks of lm-eval, and on `stories`: their own figures. The recipe of each figure is
     printed below.
 
-    Example: slm eval runs/book runs/book-2 --text other.txt
     In place of a model, `oracle` gives the right answers of exact-match and code tasks, and `wrong` wrong ones: they
     show that a task can be measured.
 
+    Example: slm eval runs/book runs/book-2 --text other.txt
     Example: slm eval runs/book --tasks stories --limit 50 --output results.json
     Example: slm eval oracle wrong --tasks humaneval --task-data evals
     """

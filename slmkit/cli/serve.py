@@ -16,9 +16,8 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free."
 MaxRows = Annotated[int, typer.Option(min=1, help="Texts that a model continues at the same time.")]
 Memory = Annotated[float | None, typer.Option(min=0, help="GiB for the KV cache of each model; default: no limit.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="Runs that the page shows.")]
-Data = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="What `slm data prepare` made, for the page to show.")
-]
+DATA = "What `slm data prepare` made, for the page to show."
+Data = Annotated[Path | None, typer.Option(metavar="FOLDER", exists=True, file_okay=False, help=DATA)]
 
 KEY_FILE = "API keys, one a line; also from SLM_API_KEYS, separated by commas."
 HOST = "Listen at this address; 0.0.0.0: at all of this machine, which needs a key."

@@ -106,10 +106,7 @@ def replay(run: RunPath, step: Annotated[int, typer.Option(help="The step's numb
         print(f"  row {row.number}: loss {row.loss:.4g}, gradient norm {row.grad_norm:.4g}, begins {start!r}")
 
 
-def distill_cache(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-) -> None:
+def distill_cache(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Store a teacher's predictions for `slm train` to learn from.
 
     The likeliest tokens of each position go to the folder that `distillation.cache` names; training reads them from

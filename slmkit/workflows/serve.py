@@ -68,8 +68,6 @@ def serve_models(settings: ServeSettings) -> int:
     or port that cannot be had: all before anything is loaded.
     """
     directories, settings.keys = named_models(settings.models, settings.engine), read_keys(settings.key_file)
-    if settings.data is not None and not settings.data.is_dir():
-        raise UserError(f"--data {settings.data}: no such folder; expected what `slm data prepare` wrote")
     ignored = [name for name in ONLY_OWN if getattr(settings, name) != ServeSettings.model_fields[name].default]
     if ignored and settings.engine != "slm":
         option = {"prefix_cache": "no-prefix-cache"}.get(ignored[0], ignored[0])
@@ -201,18 +199,13 @@ def named_models(models: Sequence[str], engine: str = "slm") -> dict[str, Path]:
             directory, name = Path(path), name or Path(path).stem
         else:
             directory = find_model_directory(path)
-        name = name or _usual_name(path, directory)
-        if not name.isprintable():  # clients could not ask for it
-            raise UserError(f"a model named {name!r}: give a name of plain characters, as NAME=PATH")
+        if not name:
+            on_hub, run = hub_name(path), run_of(directory)
+            name = str(on_hub) if on_hub else (run or directory.resolve()).name
         if name in found:
             raise UserError(f"{found[name]} and {directory} are both named {name}: give one as NAME=PATH")
         found[name] = directory
     return found
-
-
-def _usual_name(path: str, directory: Path) -> str:
-    on_hub, run = hub_name(path), run_of(directory)
-    return str(on_hub) if on_hub else (run or directory.resolve()).name
 
 
 def read_keys(path: Path | None) -> list[str]:
