@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from slmkit.cli.options import USUAL
 from slmkit.cli.show import open_model
 from slmkit.data.shards.reader import TokenShards
 from slmkit.data.sources import STORY_WORLDS
@@ -37,6 +36,7 @@ from slmkit.data.stories.talk import story_request
 from slmkit.data.stories.teller import random_stream
 from slmkit.evaluation import ask
 from slmkit.generation.chat import ChatSession
+from slmkit.generation.sampling_settings import USUAL
 from slmkit.training.logging.metrics_log import MetricsLog, environment
 from slmkit.training.recipe.recipe import load_recipe
 
