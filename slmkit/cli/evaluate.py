@@ -180,17 +180,14 @@ def figure(result: TaskResult, metric: str) -> str:
 def print_recipes(found: Sequence[tuple[str, TaskResult]]) -> None:
     """Each recipe with the tasks that have it, and what could not be asked."""
     lines = recipe_lines((result.task, result.recipe) for _, result in found)
-    for model, result in found:
-        if result.errors:
-            lines.append(f"{model}, {result.task}: {len(result.errors):,} not asked, such as {result.errors[0]}")
-    print_lines(lines)
+    refused = [(model, result.task, result.errors) for model, result in found if result.errors]
+    print_lines([*lines, *(f"{one}, {task}: {len(its):,} not asked, such as {its[0]}" for one, task, its in refused)])
 
 
 def recipe_lines(recipes: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    tasks: dict[str, list[str]] = {}
+    tasks: dict[str, dict[str, None]] = {}
     for task, recipe in recipes:
-        names = tasks.setdefault(stated(recipe), [])
-        names += [task] * (task not in names)
+        tasks.setdefault(stated(recipe), {})[task] = None
     return [f"{', '.join(names)}: {recipe}" for recipe, names in tasks.items()]
 
 

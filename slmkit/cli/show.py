@@ -85,19 +85,19 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     Gives a function of figures and of the share done (None if it is not known), for the time left, which is measured
     from the first share of each piece of work on; with the bytes done as `done_bytes` it also shows their rate.
     """
-    began = shown = of_first = time.monotonic()
-    first = last = 0.0
+    began = shown = time.monotonic()
+    start, last = (began, 0.0), 0.0  # when a piece of work had its first share, and that; the last share
     with bar_or_lines(label, Console(stderr=True)) as show_line:
 
         def show(figures: str, share: float | None = None, done_bytes: int | None = None) -> None:
-            nonlocal shown, of_first, first, last
+            nonlocal shown, start, last
             now = time.monotonic()
             if done_bytes is not None:
                 figures += f", {done_bytes / max(now - began, 1e-3) / 1e6:.1f} MB/s"
             if not share or not last or share < last:
-                of_first, first = now, share or 0.0
-            elif share > first:
-                figures += f", {clock((now - of_first) * (1 - share) / (share - first))} left"
+                start = now, share or 0.0
+            elif share > start[1]:
+                figures += f", {clock((now - start[0]) * (1 - share) / (share - start[1]))} left"
             last = share or 0.0
             is_due = now - shown >= SECONDS_BETWEEN_LINES
             shown = now if is_due else shown
@@ -124,7 +124,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     for row in (columns, *rows):
         cells = (
-            cell.rjust(width) if name in right else cell.ljust(width) for name, cell, width in zip(columns, row, widths)
+            one.rjust(width) if name in right else one.ljust(width) for name, one, width in zip(columns, row, widths)
         )
         print("  ".join(cells).rstrip())
 

@@ -175,11 +175,9 @@ def figure(found: Estimate, form: str) -> str:
     value = f"{found.value * scale:,.{digits}f}{unit}"
     if error:
         return f"{value} ± {error * scale:.{digits}f}"
-    return (
-        value
-        if low is None or high is None or low == high
-        else (f"{value} ({low * scale:.{digits}f} to {high * scale:.{digits}f})")
-    )
+    if low is None or high is None or low == high:
+        return value
+    return f"{value} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
 
 
 def _digits(found: Estimate, scale: float) -> int:
