@@ -58,8 +58,9 @@ def chat(
 
     Example: slm chat runs/quickstart/chat
     """
-    usual = options.USUAL | {"temperature": 0.6}
-    decoder, tokenizer, settings, advice = open_model(model, others, device, usual, sampling)
+    from slmkit.generation.sampling_settings import USUAL_IN_CHAT
+
+    decoder, tokenizer, settings, advice = open_model(model, others, device, USUAL_IN_CHAT, sampling)
     from slmkit.files.find import learned_conversations
     from slmkit.generation.chat import ChatSession
     from slmkit.model.files.generation_config import new_tokens

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TYPE = "How weights are stored, such as Q4_K_M, int8 or bfloat16."
 OUTPUT = "Where the result goes; default: a name beside the model."
+SHARD = "Gigabytes of a file of weights, at most, for hf; default: 5."
 FALLBACK = "Allow other types for tensors whose rows do not divide; for gguf."
 UNVERIFIED = "Write it also if the program that would check it is not installed."
 FILES = "GGUFs, pages and folders made of MODEL, by slmkit or another program."
@@ -26,7 +27,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="gguf, html, onnx, hf, ollama, mlx or space.")],
     kind: Annotated[str | None, typer.Option("--type", help=TYPE)] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
-    shard: Annotated[float, typer.Option(min=0.001, help="Gigabytes of a file of weights, at most; for hf.")] = 5.0,
+    shard: Annotated[float | None, typer.Option(min=0.001, help=SHARD)] = None,
     allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help=FALLBACK)] = False,
     unverified: Annotated[bool, typer.Option("--unverified", help=UNVERIFIED)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,

@@ -76,7 +76,9 @@ def generate(
     if output is not None:
         _check_output(output, rows)
     schema = None if json_schema is None else _read_schema(json_schema)
-    decoder, tokenizer, settings, advice = open_model(model, others, device, options.USUAL, sampling)
+    from slmkit.generation.sampling_settings import USUAL
+
+    decoder, tokenizer, settings, advice = open_model(model, others, device, USUAL, sampling)
     from slmkit.generation.engine import Engine, Request
     from slmkit.generation.prompts import in_order
     from slmkit.generation.text import end_tokens

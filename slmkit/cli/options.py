@@ -60,10 +60,6 @@ SAMPLING: Options = {
         ("seed", int, "The same seed gives the same text again."),
     )
 }
-# Defaults of sampling if neither the user nor the model sets them.
-USUAL = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
-
-
 EXAMPLE = "Example: "
 
 

@@ -89,7 +89,10 @@ def ui(
     """
     from slmkit.workflows.serve import newest_chat_run
 
-    _serve(context.params | {"ui": True, "models": models or newest_chat_run(runs)})
+    chosen = models or newest_chat_run(runs)
+    if chosen and not models:
+        print(f"{chosen[0]}: the newest run of {runs} that learned to chat; for another: slm ui MODEL")
+    _serve(context.params | {"ui": True, "models": chosen})
 
 
 def _serve(given: dict[str, Any]) -> None:

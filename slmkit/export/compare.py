@@ -5,6 +5,7 @@ from the reference.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -14,15 +15,17 @@ import re
 import string
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from slmkit.config import UserError, read_table
-from slmkit.export.runtimes import Message, Runtime, Slmkit
+from slmkit.export.runtimes import Loaded, Message, Runtime, Slmkit, Stored
 from slmkit.model.decoder import Decoder
 from slmkit.tokenizer import SLMTokenizer
 
@@ -130,6 +133,7 @@ def _read_openly(tokenizer: SLMTokenizer, ids: list[int]) -> list[int]:
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 MOST_TIES = 16  # of greedy tokens, that are passed over
+SMALL = 0.01  # of a tensor's largest weight: where all of a group are smaller, errors count as if one were not
 NORMALISED = 1e-2  # how far the logarithm of the sum of all probabilities may be from 0
 
 
@@ -156,6 +160,39 @@ def bounds_of(kind: str) -> Bounds:
 def bits_of(kind: str) -> int:
     """The bits of a weight: of F32, bfloat16, Q4_K_M or int8."""
     return int((re.findall(r"\d+", kind) or ["32"])[0])
+
+
+def as_stored(matrices: Iterable[Stored], loaded: Loaded) -> Decoder:
+    """A copy of the decoder with the matrices of a file.
+
+    Raises `UserError` for a group that is farther from the model's than its type rounds: root mean square of the
+    differences, as a share of the group's largest weight.
+    """
+    rounded = copy.deepcopy(loaded.decoder)
+    state = rounded.state_dict()
+    for one in matrices:
+        parts = [state[name] for name in one.parameters]
+        whole = torch.cat(parts)  # [out, in]
+        places = torch.arange(whole.numel()).view(whole.shape) if one.places is None else one.places
+        if one.values.shape != places.shape:
+            raise UserError(f"{one.name} has the shape {[*one.values.shape]} instead of {[*places.shape]}")
+        before = whole.flatten()[places]
+        padding = 0, -before.shape[-1] % one.group
+        weights, apart = (F.pad(x, padding).unflatten(-1, (-1, one.group)) for x in (before, one.values - before))
+        largest = weights.abs().amax(-1)
+        errors = apart.square().mean(-1).sqrt() / largest.clamp(min=max(1e-30, SMALL * float(largest.max())))
+        if not (error := float(errors.max())) <= farthest(bits_of(one.type)):
+            found = f"{one.group} neighbours are apart by {error:.2g} of the largest"
+            raise UserError(f"{one.name} in {one.type} has other weights than the model: {found}")
+        whole.view(-1)[places] = one.values
+        for part, fresh in zip(parts, whole.split([len(part) for part in parts])):
+            part.copy_(fresh)
+    return rounded
+
+
+def farthest(bits: int) -> float:
+    """What rounding to nearest may change, as a share of the largest of a group: half a step is 2 to the -bits."""
+    return 1e-6 if bits >= 32 else 2.0**-8 if bits == 16 else 2.2 * 2.0**-bits
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slmkit.config import UserError, importing
@@ -31,7 +31,7 @@ from slmkit.export.gguf import (
     write_gguf,
 )
 from slmkit.export.llama_cpp import fields_of
-from slmkit.export.runtimes import Loaded, Transformers
+from slmkit.export.runtimes import Loaded, Stored, Transformers, codes_in
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import NOT_IN_TRANSFORMERS, family_of
@@ -250,7 +250,7 @@ class Mlx(Transformers):
     def __init__(self, folder: Path) -> None:
         with importing("mlx-lm is not installed: pip install mlx-lm"):
             import mlx_lm
-        self.size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        self.directory, self.size = folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         self._model, tokenizer, *_ = mlx_lm.load(str(folder))
         self._tokenizer = tokenizer._tokenizer
 
@@ -270,6 +270,17 @@ class Mlx(Transformers):
             fresh = [int(mx.argmax(self._model(mx.array([fresh]), cache=cache)[0, -1]))]
             found += fresh
         return found
+
+    def stored(self, loaded: Loaded) -> Iterator[Stored]:
+        tensors = load_file(self.directory / WEIGHTS)
+        said = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))["quantization"]
+        bits, group = said["bits"], said["group_size"]
+        for theirs, ours in stored_names(loaded.decoder.state_dict(), family_of(loaded.config.model_type)).items():
+            name = theirs.replace("transformer.", "model.").removesuffix("weight")
+            if f"{name}scales" in tensors:
+                codes = codes_in(tensors[f"{name}weight"].view(torch.uint8), bits).unflatten(1, (-1, group))
+                scales, biases = (tensors[f"{name}{part}"].float()[..., None] for part in ("scales", "biases"))
+                yield Stored(name, ours, (codes * scales + biases).flatten(1), f"int{bits}", group)
 
 
 # -- Spaces -----------------------------------------------------------------------------------------------------------

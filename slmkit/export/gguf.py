@@ -20,6 +20,7 @@ from torch import Tensor
 from slmkit.config import UserError, did_you_mean
 from slmkit.export.gguf_tokenizer import add_tokenizer
 from slmkit.export.gguf_types import KINDS, TABLES, PlannedTensor, encoded, file_type, weights_by_type, with_type
+from slmkit.export.runtimes import Loaded, Stored
 from slmkit.model.architectures import Architecture, architecture_of
 from slmkit.model.config import SLMConfig
 from slmkit.model.families import family_of
@@ -283,6 +284,23 @@ def tensors_of(config: SLMConfig, a: Architecture, loader: Loader) -> Iterator[P
     factors = rope_of_file(a, loader)[1]
     if factors is not None:
         yield PlannedTensor("rope_freqs.weight", tuple(factors.shape), change=lambda _: factors)
+
+
+def matrices_of(gguf: Path, loaded: Loaded) -> Iterator[Stored]:
+    """The matrices of a file of the model, as `Runtime.stored`."""
+    from gguf import GGML_QUANT_SIZES, GGUFReader, quants
+
+    found = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    config, a, state = loaded.config, loaded.decoder.architecture, loaded.decoder.state_dict()
+    names = stored_names(state, family_of(config.model_type))
+    for planned in tensors_of(config, a, loader_of(config, a)):
+        if len(planned.shape) > 1 and planned.name in found:
+            ours, one = names[planned.source], found[planned.name]
+            whole = torch.cat([state[name] for name in ours])  # [out, in]
+            places = planned.change(torch.arange(whole.numel()).view(whole.shape))
+            values = torch.tensor(quants.dequantize(one.data, one.tensor_type))
+            group = max(32, GGML_QUANT_SIZES[one.tensor_type][0])
+            yield Stored(planned.name, ours, values, one.tensor_type.name, group, places)
 
 
 def _keys_and_values(a: Architecture, block: str, source: str) -> Iterator[PlannedTensor]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from slmkit.config import UserError
 from slmkit.export.gguf_types import TABLES
 from slmkit.model.config import SLMConfig
-from slmkit.tokenizer import SLMTokenizer, byte_level, chat, chat_prompt
+from slmkit.tokenizer import SLMTokenizer, byte_level, chat_prompt
 from slmkit.tokenizer.directory import CONFIG, LETTERS, QWEN
 from slmkit.tokenizer.tokenizer import ENDS_OF_TEXT
 
@@ -234,9 +234,7 @@ def _ends(tokenizer: SLMTokenizer, generation: Content) -> dict[str, int]:
     spelled = {index: token for token, index in ids.items()}
     listed = generation["eos_token_id"]
     ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
-    turn = tokenizer.end_of_turn_id
-    if template and (found := chat.end_of_turn(template, (*ids,), (*names.items(),))):
-        turn = ids[found]  # a base model's template has one too, which its configuration does not list as an end
+    turn = tokenizer.end_of_turn_id  # a base model's template has one too, which its configuration does not list
     # Llama 3's tokenizer calls the end of a turn its end of text; the base model's end is in the list alone.
     others = sorted(ends - {turn}, key=lambda index: (spelled.get(index) not in ENDS_OF_TEXT, index))
     eos = tokenizer.eos_token_id

@@ -44,7 +44,7 @@ def server_command(gguf: Path, port: int, **options: str | int | bool) -> list[s
 class LlamaCpp:
     """A GGUF in llama.cpp on one thread, with a float32 KV cache: as exact as the file's types allow."""
 
-    name = "llama.cpp"
+    name, rounds_activations = "llama.cpp", True
     composes = False  # it has no normalizer: text that is not in normal form C gets other ids
     # Nats of a log-probability: llama.cpp has GELU as a float16 table, also for float32 weights. Measured: up to 0.014.
     gelu_error = 0.03
@@ -190,11 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("slmkit.export.llama_cpp")
     parser.add_argument("gguf")
     parser.add_argument("port", type=int)
-    parser.add_argument("--context", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--alias", default="")
-    parser.add_argument("--exact", default=False)
+    usual: dict[str, Any] = {"context": 0, "parallel": 1, "threads": 0, "alias": "", "exact": False}
+    for name, value in usual.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     asked = parser.parse_args()
     library = import_xllamacpp()
     settings = library.CommonParams()

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from slmkit.adapt.quantize import BITS, encode, in_whole_bytes, unpack
 from slmkit.adapt.swapping import linears, replace
 from slmkit.config import UserError, importing, one_line
-from slmkit.export.runtimes import Loaded, Message, Runtime
+from slmkit.export.runtimes import Loaded, Message, Runtime, Stored, codes_in
 from slmkit.model.architectures import architecture_of
 from slmkit.model.attend import AttentionInputs
 from slmkit.model.cache import KVCache
@@ -322,11 +322,12 @@ def quiet() -> Iterator[None]:
 class OnnxRuntime(Runtime):
     """A folder of `write_onnx` in ONNX Runtime on the CPU. Raises `UserError` if that is missing or refuses it."""
 
-    name = "ONNX Runtime"
+    name, rounds_activations = "ONNX Runtime", True
 
     def __init__(self, folder: Path) -> None:
         with importing(MISSING):
             import onnxruntime
+        self.folder = folder
         self.size = sum(path.stat().st_size for path in (folder / GRAPH, folder / DATA) if path.is_file())
         try:
             self.plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -378,6 +379,18 @@ class OnnxRuntime(Runtime):
         asked = {one.name for one in self.session.get_inputs()}
         logits, *present = self.session.run(None, {name: x for name, x in (fresh | past).items() if name in asked})
         return logits[0], dict(zip(past, present))
+
+    def stored(self, loaded: Loaded) -> Iterator[Stored]:
+        import onnx
+
+        arrays = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(self.folder / GRAPH).graph.initializer}
+        for parameter, weight in loaded.decoder.named_parameters():
+            name = f"decoder.{parameter.removesuffix('weight')}"
+            if f"{name}scales" in arrays:
+                codes, scales = (torch.tensor(arrays[f"{name}{part}"]) for part in ("codes", "scales"))
+                bits = 8 * codes.size(2) // BLOCK  # codes: [out, groups, bytes]
+                values = (codes_in(codes, bits) - 2 ** (bits - 1)) * scales.view(len(codes), -1, 1)
+                yield Stored(name, [parameter], values.flatten(1)[:, : weight.size(1)], f"int{bits}", BLOCK)
 
     def _empty(self) -> dict[str, np.ndarray]:
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -7,13 +7,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import dequantize_modules, quantized_modules
@@ -29,11 +30,24 @@ from slmkit.tokenizer.chat import compiled
 Message = dict[str, str]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A matrix of a file, dequantized. `type` names its precision; each `group` neighbours of a row have one scale."""
+
+    name: str
+    parameters: Sequence[str]  # of the decoder, whose rows it has, one after another
+    values: Tensor  # [out, in], or of the shape of `places`
+    type: str
+    group: int
+    places: Tensor | None = None  # of each value in the rows of `parameters`, where they are moved
+
+
 class Runtime(Protocol):
     """A program that runs a model: how it reads text, and what it predicts. Use it as a context manager."""
 
     name: str  # as in the table of `slm verify`
     size: int  # of the files of weights, in bytes
+    rounds_activations: bool = False  # to 8 bits, for products with weights of 8 bits or fewer
     composes: bool = True  # whether it brings text into normal form C where the tokenizer does
 
     def encode(self, text: str) -> list[int]:
@@ -51,6 +65,10 @@ class Runtime(Protocol):
     def encode_chat(self, messages: list[Message]) -> list[int] | None:
         """Ids [tokens] of the rendered prompt, with the generation prompt; None without a chat template."""
         return None
+
+    def stored(self, loaded: Loaded) -> Iterable[Stored]:
+        """The matrices of the model's file, read by the rules of its format; none if nobody can."""
+        return ()
 
     def close(self) -> None:
         """Ends processes and frees memory."""
@@ -108,7 +126,7 @@ class Transformers(Runtime):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
-        self.size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        self.directory, self.size = directory, sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 loading: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -144,6 +162,21 @@ class Transformers(Runtime):
             fresh, cache = [int(out.logits[0, -1].argmax())], out.past_key_values
             found += fresh
         return found
+
+    def stored(self, loaded: Loaded) -> Iterator[Stored]:
+        decoder, _ = load_model(self.directory)
+        kinds = {f"{name}.weight": (one.kind, one.group) for name, one in quantized_modules(decoder).items()}
+        dequantize_modules(decoder)
+        for name, values in decoder.state_dict().items():
+            if values.dim() == 2:
+                kind, group = kinds.get(name, ("bfloat16", values.size(1)))
+                yield Stored(name, [name], values, {"nf4": "int4"}.get(kind, kind), group)
+
+
+def codes_in(packed: Tensor, bits: int) -> Tensor:
+    """Bytes of 8 / bits codes each, the first in the lowest bits [..., n] → float32 [..., n * 8 / bits]."""
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (packed[..., None] >> places & 2**bits - 1).flatten(-2).float()
 
 
 def _at(read: Any, ids: Sequence[int], lengths: Sequence[int], each_apart: bool) -> np.ndarray:

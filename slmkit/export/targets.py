@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,18 +13,18 @@ from torch import Tensor
 
 from slmkit.adapt.quantize import LARGEST, rounded_copy
 from slmkit.adapt.quantized_files import save_quantized
-from slmkit.config import UserError
 from slmkit.export import html, onnx
-from slmkit.export.compare import Probe, bits_of
+from slmkit.export.compare import Probe
 from slmkit.export.folders import Mlx, write_mlx, write_ollama, write_space
-from slmkit.export.gguf import loader_of, tensors_of, write_gguf
+from slmkit.export.gguf import write_gguf
 from slmkit.export.gguf_types import KINDS
 from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.runtimes import Loaded, Runtime, Transformers
-from slmkit.model.decoder import Decoder
 from slmkit.model.families import family_of
-from slmkit.model.files.directory import copy_extras, empty_decoder, open_weights, stored_names, write_configs
+from slmkit.model.files.directory import copy_extras, empty_decoder, open_weights, write_configs
 from slmkit.model.files.stored import StoredTensor, expect_finite, write_shards
+
+SHARD = 5.0  # GB
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Request:
     unverified: bool = False
     allow_fallback: bool = False
     overwrite: bool = False
-    shard: float = 5.0  # GB of a file of weights, at most
+    shard: float | None = None  # GB of a file of weights, at most; None: `SHARD`
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Target:
     open: Callable[[Path, Probe], Runtime]
     install: str = "pip install slmkit[export]"
     suffix: str = ""  # of its file; empty for a folder
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of `Request`: the kinds that they change
 
     @property
     def missing(self) -> str:
@@ -79,7 +78,8 @@ def write_hf(loaded: Loaded, folder: Path, kind: str, request: Request) -> None:
         tensors = open_weights(source, empty_decoder(config), family_of(config.model_type))
         write_configs(config, folder, kind)
         shapes = {name: (tensor.shape, getattr(torch, kind)) for name, tensor in tensors.items()}
-        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), request.shard * 1e9)
+        limit = (request.shard or SHARD) * 1e9
+        write_shards(folder, shapes, lambda name: _converted(tensors[name], shapes[name][1]), limit)
     copy_extras(source, folder)
 
 
@@ -94,18 +94,20 @@ def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
 
 
 GGUF = tuple(dict.fromkeys(("F16", *KINDS)))  # the default first
+FLOATS = ("float32", "float16", "bfloat16")
 MLX = {"float32": None, "int8": 8, "int4": 4}
 TARGETS = {
     "gguf": Target(
         "*.gguf", GGUF, ("xllamacpp",),
         lambda m, path, kind, request: write_gguf(m.source, path, kind, allow_fallback=request.allow_fallback),
         lambda path, probe: LlamaCpp(path, probe.context),
-        suffix=".gguf",
+        suffix=".gguf", options={"allow_fallback": GGUF},
     ),
     "ollama": Target(
         "model.gguf", GGUF, ("xllamacpp",),
         lambda m, path, kind, request: write_ollama(m, path, kind, allow_fallback=request.allow_fallback),
         lambda path, probe: LlamaCpp(path / "model.gguf", probe.context),
+        options={"allow_fallback": GGUF},
     ),
     "html": Target(
         "*.html", html.KINDS, ("playwright", "chromium or chromium-browser or google-chrome"),
@@ -120,9 +122,9 @@ TARGETS = {
         lambda path, probe: onnx.OnnxRuntime(path),
     ),
     "hf": Target(
-        "config.json", ("float32", "float16", "bfloat16", *LARGEST), ("transformers",), write_hf,
+        "config.json", (*FLOATS, *LARGEST), ("transformers",), write_hf,
         lambda path, probe: Transformers(path),
-        install="pip install transformers",
+        install="pip install transformers", options={"shard": FLOATS},
     ),
     "mlx": Target(
         "config.json", (*MLX,), ("mlx_lm",),
@@ -137,39 +139,3 @@ TARGETS = {
         install="pip install transformers",
     ),
 }  # fmt: skip
-
-# How far the weights of a tensor may be from the model's, by their bits: the norm of the difference, relative.
-MOST_ROUNDED = {32: 1e-6, 16: 0.02, 8: 0.03, 6: 0.06, 5: 0.12, 4: 0.25, 3: 0.4, 2: 0.7}
-
-
-def as_stored(path: Path, loaded: Loaded) -> Decoder:
-    """A copy of the decoder with the matrices of a GGUF of the model, as they were rounded.
-
-    Raises `UserError` for a matrix that is farther from the model's than its type rounds.
-    """
-    from gguf import GGUFReader, quants
-
-    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    config, rounded = loaded.config, copy.deepcopy(loaded.decoder)
-    a, state = rounded.architecture, rounded.state_dict()
-    names = stored_names(state, family_of(config.model_type))
-    for planned in tensors_of(config, a, loader_of(config, a)):
-        tensor = found.get(planned.name)
-        if tensor is None or len(planned.shape) == 1:
-            continue
-        parts = [state[name] for name in names[planned.source]]
-        whole = torch.cat(parts)  # [out, in]
-        places = planned.change(torch.arange(whole.numel()).view(whole.shape)).flatten()
-        values = torch.tensor(quants.dequantize(tensor.data, tensor.tensor_type)).flatten()
-        before = whole.flatten()[places]
-        type_, error = tensor.tensor_type.name, math.inf
-        if len(values) == len(before):
-            error = float((values - before).norm() / before.norm().clamp(min=1e-30))
-        if not error <= MOST_ROUNDED.get(bits_of(type_), MOST_ROUNDED[2]):
-            raise UserError(
-                f"{planned.name} in {type_} has other weights than the model: apart by {error:.2g} of their norm"
-            )
-        whole.view(-1)[places] = values
-        for part, fresh in zip(parts, whole.split([len(part) for part in parts])):
-            part.copy_(fresh)
-    return rounded

@@ -12,6 +12,9 @@ from pydantic import ConfigDict, Field, field_validator
 from slmkit.config import Settings, UserError, load_settings
 from slmkit.model.files import generation_config as published
 
+# For texts and for conversations, where neither a user nor the model says it: the same in all commands.
+USUAL = {"temperature": 0.8, "top_p": 0.95, "min_p": 0.05}
+USUAL_IN_CHAT = USUAL | {"temperature": 0.6}
 COLDEST = 1e-5  # below it the logits of float32 may overflow, and only ties are not greedy
 # OpenAI's ranges.
 CountPenalty = Annotated[float, Field(ge=-2, le=2, description="0: none")]

@@ -108,10 +108,13 @@ class Pools:
     def __iter__(self) -> Iterator[Pool]:
         return iter(self.pools)
 
+    def bytes(self, length: int) -> int:
+        """What a text of `length` positions takes."""
+        return self.pools[-1].bytes(1, self._rounded(length))
+
     def expect(self, length: int) -> None:
         """Raises `UserError` if a text of `length` positions needs more memory than there is."""
-        needed = self.pools[-1].bytes(1, self._rounded(length))
-        if needed > self.memory:
+        if (needed := self.bytes(length)) > self.memory:
             raise UserError(
                 f"{length} tokens need {needed / 2**20:,.1f} MiB of KV cache, more than the allowed "
                 f"{self.memory / 2**20:,.1f} MiB: ask for fewer tokens, or allow more memory"

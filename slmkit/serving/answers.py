@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from slmkit.config import UserError
 from slmkit.generation.engine import Event, Logprobs, Request
+from slmkit.generation.sampling import FAULTS
 from slmkit.generation.text import StopStrings
-from slmkit.serving.models import ServedModel
+from slmkit.serving.models import ServedModel, rule_of
 from slmkit.serving.protocol import JSON, ApiError, ChatRequest, CompletionRequest, several
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_prompt import CallFormat
@@ -230,8 +231,10 @@ class Answer:
 
     def _choice(self, number: int, event: Event) -> JSON | None:
         """The choice of the next chunk; None if there is nothing to say yet. Raises `ApiError` for a row's error."""
-        if event.error:
+        if event.error == FAULTS[-1]:  # the model's; the others are of what the request wants
             raise ApiError(500, event.error, code="generation_failed")
+        if event.error:
+            raise ApiError(400, f"{rule_of(self.body)}: {event.error}", rule_of(self.body), "generation_failed")
         self.completion_tokens += event.token is not None
         self.cached_tokens += event.cached_tokens if event.index == 0 else 0  # the others copy it
         if event.prompt_logprobs:

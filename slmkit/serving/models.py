@@ -5,6 +5,7 @@ Nothing here touches an engine: `Worker` steps those in its own thread.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +19,9 @@ from slmkit.config import UserError
 from slmkit.generation.constraints import Grammar
 from slmkit.generation.engine import Engine, Request
 from slmkit.generation.ensemble import LanguageModel, evaluating
-from slmkit.generation.sampling_settings import SamplingSettings
+from slmkit.generation.sampling_settings import USUAL, USUAL_IN_CHAT, SamplingSettings
 from slmkit.generation.text import end_tokens
-from slmkit.serving.protocol import (
-    JSON,
-    MOST_ROWS,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Generation,
-    Tool,
-    several,
-)
+from slmkit.serving.protocol import JSON, MOST_ROWS, ApiError, ChatRequest, CompletionRequest, Generation, Tool, several
 from slmkit.tokenizer import SLMTokenizer
 from slmkit.tokenizer.chat_prompt import CallFormat
 
@@ -39,7 +31,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 
 @dataclass
 class ServedModel:
-    """One name of `/v1/models`. `settings` is the model's advice, for fields that a request leaves out.
+    """One name of `/v1/models`. For fields that a request leaves out: `settings` of a chat, `text_settings` of a text.
 
     `max_new_tokens` is what a chat request gets that does not say; `options` are those of `Engine`.
     """
@@ -48,6 +40,7 @@ class ServedModel:
     decoder: LanguageModel
     tokenizer: SLMTokenizer
     settings: SamplingSettings = field(default_factory=SamplingSettings)
+    text_settings: SamplingSettings = field(default_factory=SamplingSettings)
     max_new_tokens: int = 2**31 - 1  # as many as fit into the context
     options: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -68,12 +61,12 @@ class ServedModel:
         from slmkit.model.files.generation_config import new_tokens, read_generation_config
 
         found = find_model_directory(str(directory))
-        settings = SamplingSettings.for_model(found, None, {})  # OpenAI's: temperature 1, and nothing else
+        advice = [SamplingSettings.for_model(found, None, usual) for usual in (USUAL_IN_CHAT, USUAL)]
         tokenizer = SLMTokenizer.from_pretrained(found)
         decoder, config = load_model(found, find_device(device).torch_device)
         tokenizer.use_generation_config(config.for_generation())
         most = new_tokens(read_generation_config(found), usual=decoder.max_positions)
-        return cls(name, decoder, tokenizer, settings, most, options)
+        return cls(name, decoder, tokenizer, *advice, most, options)
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
@@ -149,12 +142,10 @@ def chat_requests(body: ChatRequest, model: ServedModel, group: str) -> list[Req
     grammar = _grammar(body, model)
     if forced:
         if grammar is not None:
-            raise ApiError(
-                400, "tool_choice: an answer is a tool call or has a response_format, not both", "tool_choice"
-            )
+            raise ApiError(400, "tool_choice: an answer is a call or has a response_format, not both", "tool_choice")
         written = _call_format(model, "tool_choice")
         prompt = [*prompt, *model.tokenizer.encode_continuation(written.before)]
-        grammar = Grammar.json_schema(model.tokenizer, _schema_of_calls(body, written))
+        grammar = _grammar_of_calls(body, written, model.tokenizer)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     most = model.max_new_tokens if most is None else most
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -209,10 +200,18 @@ def _request(
         raise ApiError(400, f"best_of {body.best_of}: expected n, {body.n or 1}: nothing is ranked here", "best_of")
     stops = (set() if body.ignore_eos else end_tokens(model.tokenizer)) | {*(body.stop_token_ids or ())}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    advice = model.settings if isinstance(body, ChatRequest) else model.text_settings
     return Request(
-        prompt, most, body.sampling(model.settings), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs,
+        prompt, most, body.sampling(advice), stops, stop, body.n or 1, grammar, logprobs, prompt_logprobs,
         prefix_group=group,
     )  # fmt: skip
+
+
+def rule_of(body: Generation) -> str:
+    """The field that says what the text must be, if one does."""
+    if getattr(body, "tool_choice", None) not in (None, "auto", "none"):
+        return "tools"
+    return "response_format" if body.structured_outputs is None else "structured_outputs"
 
 
 def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
@@ -231,8 +230,15 @@ def _grammar(body: Generation, model: ServedModel) -> Grammar | None:
     rules = [(make, value) for make, value in rules if value is not None]
     if len(rules) > 1:
         raise ApiError(400, f"{param}: the text can follow one rule, found {len(rules)}", param)
-    try:
+    with at_fault(param):
         return rules[0][0](model.tokenizer, rules[0][1]) if rules else None
+
+
+@contextlib.contextmanager
+def at_fault(param: str) -> Iterator[None]:
+    """A `UserError` within becomes an `ApiError` that names the place in the request."""
+    try:
+        yield
     except UserError as error:
         raise ApiError(400, f"{param}: {error}", param) from None
 
@@ -254,20 +260,21 @@ def _call_format(model: ServedModel, param: str) -> CallFormat:
     return written
 
 
-def _schema_of_calls(body: ChatRequest, written: CallFormat) -> JSON:
-    """The schema of a call of one of the tools, or of the one that is named."""
+def _grammar_of_calls(body: ChatRequest, written: CallFormat, tokenizer: SLMTokenizer) -> Grammar:
+    """A call of one of the tools, or of the one that is named. Raises `ApiError` that names the tool at fault."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, Tool) else None
-    kinds = [
-        {
-            "type": "object",
-            "properties": {
-                written.name: {"const": tool.function.name},
-                written.arguments: tool.function.parameters or {"type": "object"},
-            },
-            "required": [written.name, written.arguments],
-            "additionalProperties": False,
-        }
-        for tool in body.tools or []
-        if named in (None, tool.function.name)
-    ]
-    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+    schemas = list[JSON]()
+    for number, tool in enumerate(body.tools or []):
+        if named in (None, tool.function.name):
+            schemas.append(_schema_of_call(tool, written, f"tool:{number}"))
+            with at_fault(f"tools[{number}].function.parameters"):  # alone first, for an error that names it
+                Grammar.json_schema(tokenizer, schemas[-1])
+    with at_fault("tools"):
+        return Grammar.json_schema(tokenizer, {"anyOf": schemas})
+
+
+def _schema_of_call(tool: Tool, written: CallFormat, name: str) -> JSON:
+    """`name` is the parameters' `$id`: a `#` in them is their own root then."""
+    parameters = {"$id": name, **(tool.function.parameters or ANY_OBJECT)}
+    parts = {written.name: {"const": tool.function.name}, written.arguments: parameters}
+    return {"type": "object", "properties": parts, "required": [*parts], "additionalProperties": False}

@@ -361,11 +361,11 @@ class SLMTokenizer(CallableTokenizer):
     @property
     def end_of_turn_id(self) -> int:
         """The token that the chat template writes after an answer; without one, a well-known end-of-turn token."""
-        found = None
+        found, ids = None, self.special_tokens | self.added_words
         if self.chat_template is not None:
-            found = chat.end_of_turn(self.chat_template, tuple(self.special_tokens), tuple(self._names.items()))
+            found = chat.end_of_turn(self.chat_template, tuple(ids), tuple(self._names.items()))
         known = (token for token in (*ENDS_OF_TURN, self._names["eos_token"]) if token in self.special_tokens)
-        return self.special_tokens[found or next(known)]
+        return ids[found or next(known)]
 
     @property
     def stop_token_ids(self) -> set[int]:

@@ -26,16 +26,17 @@ from slmkit.export.compare import (
     Bounds,
     Parity,
     Probe,
+    as_stored,
     bits_of,
     bounds_of,
     compare,
     mean_divergence,
 )  # fmt: skip
-from slmkit.export.gguf import plan_tensors
+from slmkit.export.gguf import matrices_of, plan_tensors
 from slmkit.export.gguf_types import PlannedTensor
 from slmkit.export.llama_cpp import LlamaCpp
 from slmkit.export.runtimes import Loaded, Runtime, Slmkit, Transformers, load
-from slmkit.export.targets import TARGETS, Request, Target, as_stored, written
+from slmkit.export.targets import TARGETS, Request, Target, written
 from slmkit.files import file_sha256, staged
 from slmkit.files.find import find_model_directory
 from slmkit.model.config import SLMConfig
@@ -96,13 +97,17 @@ def write_card(model: Path, folder: Path) -> None:
         shutil.copyfile(plot, folder / plot.name)
 
 
-def compared(runtime: Runtime, kind: str, loaded: Loaded, probe: Probe, expected: Answers) -> Parity:
-    """The model and a runtime of its weights in `kind`; of a rounded GGUF also what is computed with these weights."""
+def compared(
+    runtime: Runtime, kind: str, loaded: Loaded, probe: Probe, expected: Answers, is_ours: bool = True
+) -> Parity:
+    """The model and a runtime of its weights in `kind`; of those that we rounded also what is computed with them."""
     bounds = bounds_for(kind, loaded, probe, expected)
     same_weights = None
-    if isinstance(runtime, LlamaCpp) and not bounds.greedy:
-        rounded = Slmkit(as_stored(runtime.gguf, loaded), loaded.tokenizer, 0)
-        of_activations = bounds_for("Q8_0" if bits_of(kind) < 16 else kind, loaded, probe, expected)
+    read = functools.partial(matrices_of, runtime.gguf) if isinstance(runtime, LlamaCpp) else runtime.stored
+    if is_ours and not bounds.greedy and (matrices := [*read(loaded)]):
+        rounded = Slmkit(as_stored(matrices, loaded), loaded.tokenizer, 0)
+        activations = "int8" if runtime.rounds_activations and bits_of(kind) < 16 else "float16"
+        of_activations = bounds_for(activations, loaded, probe, expected)
         same_weights = [rounded.log_probs(*prompt) for prompt in probe.prompts], of_activations
     return compare(loaded.runtime, runtime, probe, bounds, expected, same_weights)
 
@@ -142,6 +147,9 @@ def expect_possible(model: str, request: Request) -> tuple[Target, str, Path]:
             f"--output {final}: expected a name with {target.suffix} at its end, such as {final}{target.suffix}"
         )
     expect_free(final, request, find_model_directory(model).resolve())
+    for option in ("shard", "allow_fallback"):
+        if getattr(request, option) and kind not in target.options.get(option, ()):
+            raise UserError(f"--{option.replace('_', '-')}: it changes nothing in {request.to}, {kind}: leave it out")
     return target, kind, final
 
 
@@ -248,7 +256,9 @@ def verify(model: str, files: Sequence[str] = (), say: Say = lambda line: None) 
             try:
                 opened = make()
                 with opened(probe) as runtime:
-                    parity = compared(runtime, kind, loaded, probe, expected)
+                    # Others may round not to nearest, as GPTQ does, in formats that slmkit does not read.
+                    is_ours = not isinstance(runtime, Transformers) or bool(record(runtime.directory))
+                    parity = compared(runtime, kind, loaded, probe, expected, is_ours)
                 verdicts.append(Verdict(name, kind, parity, "; ".join(parity.failures), not parity.passed))
             except UserError as error:
                 verdicts.append(Verdict(name, kind, None, str(error), is_wrong=opened is not None))

@@ -19,7 +19,6 @@ from slmkit.config import UserError
 from slmkit.files import read_text
 from slmkit.files.find import find_model_directory, learned_conversations, run_of
 from slmkit.files.hub import hub_name
-from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.serving.doors import Limits
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ PARALLEL = 4  # requests at once in llama.cpp, which keeps a whole context for e
 KEYS = "SLM_API_KEYS"  # environment: keys, separated by commas
 LEAST_KEY = 16  # characters
 NO_MODEL = "none, since no run has learned to chat: slm ui MODEL serves any model"
-USUAL = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05}  # of the page, as of `slm chat`, for models without advice
+ONLY_OWN = ("ui", "device", "memory", "prefix_cache")  # options that other engines do not have
 
 
 class ServeSettings(Limits):
@@ -69,9 +68,10 @@ def serve_models(settings: ServeSettings) -> int:
     or port that cannot be had: all before anything is loaded.
     """
     directories, settings.keys = named_models(settings.models, settings.engine), read_keys(settings.key_file)
-    if settings.ui and settings.engine != "slm":
-        what = f"leave it out with --engine {settings.engine}"
-        raise UserError(f"--ui: the page looks into models of the own engine; {what}")
+    ignored = [name for name in ONLY_OWN if getattr(settings, name) != ServeSettings.model_fields[name].default]
+    if ignored and settings.engine != "slm":
+        option = {"prefix_cache": "no-prefix-cache"}.get(ignored[0], ignored[0])
+        raise UserError(f"--{option}: of slm's own engine alone; leave it out with --engine {settings.engine}")
     from slmkit.serving.server import bind, serve
 
     listening = bind(settings.host, settings.port, has_keys=bool(settings.keys))
@@ -85,6 +85,8 @@ def serve_models(settings: ServeSettings) -> int:
     memory = None if settings.memory is None else int(settings.memory * 2**30)
     options = {"max_rows": settings.max_rows, "memory": memory, "reuse": settings.prefix_cache}
     models = {name: ServedModel.load(name, path, settings.device, **options) for name, path in directories.items()}
+    for model in models.values():
+        check_memory(model, memory)
     share_equal_weights([model.decoder for model in models.values()])
     worker = Worker(list(models.values()), max_queue=settings.max_queue, request_seconds=settings.request_seconds)
     page = page_functions(worker, models, directories, settings.runs, settings.data) if settings.ui else None
@@ -96,6 +98,18 @@ def serve_models(settings: ServeSettings) -> int:
         return serve(app, listening, settings, worker, settings.drain, tell)
     finally:
         worker.stop()
+
+
+def check_memory(model: ServedModel, memory: int | None) -> None:
+    """Warn if a text of the model's whole context does not fit into `memory` bytes. Raises `UserError` if none does."""
+    context, pools = model.decoder.max_positions, model.engine.pools
+    whole = f"one of its whole context of {context:,} tokens {pools.bytes(context) / 2**30:.3g} GiB"
+    if memory is not None and memory < pools.bytes(1):
+        least = f"{pools.bytes(1) / 2**30:.3g} GiB for the shortest text"
+        raise UserError(f"--memory {memory / 2**30:.3g}: {model.name} needs {least}, and for {whole}")
+    if memory is not None and memory < pools.bytes(context):
+        what = "so requests that may get longer are refused, such as those without max_tokens"
+        print(f"warning: --memory {memory / 2**30:.3g}: {model.name} needs for {whole}, {what}", file=sys.stderr)
 
 
 def serve_upstream(
@@ -255,15 +269,13 @@ def page_functions(
     from slmkit.serving.app import named
     from slmkit.workflows.page_data import PageData
 
-    advice = {name: SamplingSettings.for_model(path, None, USUAL) for name, path in directories.items()}
-
     def about() -> JSON:
         return {
             "models": {
                 name: {
                     "context": model.decoder.max_positions,
                     "max_new_tokens": min(model.max_new_tokens, model.decoder.max_positions),
-                    "settings": advice[name].model_dump(mode="json"),
+                    "settings": model.settings.model_dump(mode="json"),
                     "chat": model.tokenizer.chat_template is not None,
                     "learned_conversations": learned_conversations(directories[name]),
                 }

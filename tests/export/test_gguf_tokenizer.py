@@ -284,6 +284,17 @@ def test_a_turns_end_that_the_model_does_not_list_ends_turns_all_the_same(typed:
     assert ends_of(typed) == {"eos": "</s>", "eot": "<|im_end|>"}
 
 
+def test_a_turns_end_that_is_no_special_token_is_the_same_everywhere(typed: Path) -> None:
+    """In llama.cpp by its role, and by `stop_token_ids` in our engine, the page and the script for ONNX Runtime."""
+    config = json.loads((typed / "tokenizer_config.json").read_text())
+    template = CHATML.replace("<|im_end|>", "<think>")
+    (typed / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template, "eos_token": "</s>"}))
+    ours = SLMTokenizer.from_pretrained(typed)
+    assert ours.end_of_turn_id == ours.added_words["<think>"]
+    assert ours.stop_token_ids == {ours.added_words["<think>"], ours.special_tokens["</s>"]}
+    assert ends_of(typed) == {"eos": "</s>", "eot": "<think>"}
+
+
 def test_rows_without_a_token_are_never_generated(typed: Path) -> None:
     """Their log-probabilities are there all the same."""
     ids = len(SLMTokenizer.from_pretrained(typed))

@@ -27,7 +27,7 @@ import onnxruntime
 from slmkit.adapt.swapping import linears
 from slmkit.config import UserError
 from slmkit.export import onnx as exporter
-from slmkit.export.compare import Probe, bounds_of, compare
+from slmkit.export.compare import Probe, as_stored, bounds_of, compare
 from slmkit.export.onnx import CHAT, GRAPH, SCRIPT, OnnxRuntime, prepare, save_graph, write_onnx
 from slmkit.export.runtimes import Slmkit, load
 from slmkit.model.architectures import Architecture, architecture_of
@@ -309,6 +309,31 @@ def test_all_linears_run_in_integers_and_are_stored_once(
     assert (said["slmkit.kind"], said["slmkit.accuracy_level"]) == (kind, str(exporter.ACCURACY_LEVEL))
     levels = {a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"}
     assert levels == {exporter.ACCURACY_LEVEL}
+
+
+def test_one_wrong_group_of_integers_is_named(
+    trained: tuple[Path, torch.Tensor], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each matrix of the graph is the model's, rounded; of 80 columns the last group has 16. int4 has both kinds."""
+    loaded, folder = load(trained[0], tmp_path / "whole"), Path(shutil.copytree(folders("int4"), tmp_path / "int4"))
+    matrices = [*OnnxRuntime(folder).stored(loaded)]
+    assert {one.type for one in matrices} == {"int4", "int8"}
+    assert len(matrices) == len(linears(loaded.decoder)) + 1
+    rounded = as_stored(matrices, loaded)
+    weights = [one.blocks[0].mlp.up.weight for one in (loaded.decoder, rounded)]
+    assert 0 < (weights[0] - weights[1]).abs().max() < 0.2 * weights[0].abs().max()
+    for name in ("decoder.embedding.", "decoder.blocks.0.mlp.up."):
+        model = onnx.load(folder / GRAPH)
+        (scales,) = (one for one in model.graph.initializer if one.name == f"{name}scales")
+        values = onnx.numpy_helper.to_array(scales).copy()
+        values.reshape(-1)[5] *= 1.5
+        scales.CopyFrom(onnx.numpy_helper.from_array(values, scales.name))
+        (tmp_path / name).mkdir()
+        onnx.save(model, tmp_path / name / GRAPH)
+        runtime = object.__new__(OnnxRuntime)  # only its file is read
+        runtime.folder = tmp_path / name
+        with pytest.raises(UserError, match=f"{name} in int. has other weights than the model"):
+            as_stored(runtime.stored(loaded), loaded)
 
 
 def generate(folder: Path, *words: str) -> str:

@@ -101,7 +101,7 @@ class Server:
 
     def __init__(self, process: Process, lines: list[str], errors: IO[str]) -> None:
         self.process, self.lines, self.errors = process, lines, errors
-        found = re.search(r"http://[\w.\[\]:]+", lines[0])
+        found = re.search(r"http://[\w.\[\]:]+", "\n".join(lines))
         assert found, lines
         self.url = found[0].removesuffix("/v1")
 

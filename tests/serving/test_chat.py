@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -273,6 +274,46 @@ def test_forms_that_are_refused(client: Client, fields: dict[str, Any], param: s
     assert answer.error["param"] == param
 
 
+# The mask allows `{`, after which any of the keys may come: more than the parser's items in a row.
+MANY_KEYS = {
+    "type": "object",
+    "properties": {f"p{number}": {"type": "integer"} for number in range(1500)},
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[tuple[Client, Script]]:
+    """Of a server with a scripted model whose context holds long lists of tools."""
+    script = Script("wide", context=2**17)
+    with serving(script.served) as client:
+        yield client, script
+
+
+@pytest.mark.parametrize("param", ["response_format", "structured_outputs", "tools"])
+def test_a_grammar_that_outgrows_its_limits_ends_its_request_with_the_name_of_its_field(
+    wide: tuple[Client, Script], param: str
+) -> None:
+    client, script = wide
+    many = {"type": "function", "function": {"name": "many", "parameters": MANY_KEYS}}
+    fields: dict[str, dict[str, Any]] = {
+        "response_format": {"response_format": {"type": "json_schema", "json_schema": {"schema": MANY_KEYS}}},
+        "structured_outputs": {"structured_outputs": {"json": MANY_KEYS}},
+        "tools": {"tools": [WEATHER, many], "tool_choice": many},
+    }
+    body = {"model": "wide", "messages": [said("user", "?")], "max_tokens": 300, **fields[param]}
+    text = '{"name": "many", "arguments": {' if param == "tools" else "{"
+    script.say(text, prompt=script.chat_length(body), ends=False)
+    whole, streamed = (client.post("chat/completions", body, stream=stream) for stream in (False, True))
+    assert (whole.status, streamed.status) == (400, 200)
+    last = json.loads(streamed.raw.split(b"\n\n")[-2].removeprefix(b"data: "))
+    for error in (whole.error, last["error"]):
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "generation_failed")
+        assert error["message"].startswith(f"{param}: constrained output: ")
+        assert "max is 2000" in error["message"]
+    assert client.rows(script.served) == 0
+
+
 def test_log_probabilities(client: Client, m1: ServedModel) -> None:
     fields: dict[str, Any] = {"model": "m1", "seed": 1, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
     answer = client.chat(**fields)
@@ -295,6 +336,9 @@ def test_log_probabilities(client: Client, m1: ServedModel) -> None:
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
+
+
+WRONG = {"type": "function", "function": {"name": "wrong", "parameters": {"properties": {"a": {"not": {}}}}}}
 
 
 def ask(client: Client, script: Script, text: str, **fields: Any) -> tuple[Any, Any]:
@@ -363,6 +407,21 @@ def test_no_tools_wanted(client: Client, m3: Script, m1: ServedModel) -> None:
     assert "weather" not in prompt_of(m1, [said("user", "?")], tools=[WEATHER], tool_choice="none")
 
 
+def test_a_call_whose_parameters_refer_to_their_own_definitions(client: Client) -> None:
+    """As pydantic writes them for models within models: `#` is the root of the parameters, not of the call."""
+    for number in range(2):
+        place = {"type": "object", "properties": {"number": {"const": number}}, "required": ["number"]}
+        parameters = {"type": "object", "properties": {"place": {"$ref": "#/$defs/Place"}}, "required": ["place"]}
+        parameters |= {"$defs": {"Place": place | {"additionalProperties": False}}, "additionalProperties": False}
+        chosen = {"type": "function", "function": {"name": f"go_{number}", "parameters": parameters}}
+        tools = [chosen, WEATHER] if number else [WEATHER, chosen]
+        for choice in (chosen, "required"):
+            answer = client.chat(model="m1", tools=tools, tool_choice=choice, seed=3, max_tokens=200)
+            (call,) = answer.json["choices"][0]["message"]["tool_calls"]
+            if call["function"]["name"] != "weather":
+                assert json.loads(call["function"]["arguments"]) == {"place": {"number": number}}
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_that_is_required(client: Client, choice: Any) -> None:
     other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
@@ -400,6 +459,8 @@ def test_results_of_tools(m1: ServedModel) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"functions": []}, "functions"),
         ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [WEATHER, WRONG], "tool_choice": "required"}, "tools[1].function.parameters"),
+        ({"tools": [WEATHER, WRONG], "tool_choice": WRONG}, "tools[1].function.parameters"),
     ],
 )
 def test_tools_that_are_refused(client: Client, fields: dict[str, Any], param: str) -> None:

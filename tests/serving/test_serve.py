@@ -20,7 +20,8 @@ from slmkit.generation.sampling_settings import SamplingSettings
 from slmkit.model.decoder import Decoder
 from slmkit.serving.app import create_app
 from slmkit.serving.doors import Limits
-from slmkit.serving.models import ServedModel
+from slmkit.serving.models import ServedModel, chat_requests, completion_requests
+from slmkit.serving.protocol import ChatRequest, CompletionRequest, read
 from slmkit.serving.server import bind, serve
 from slmkit.serving.worker import Worker
 from tests.adapt.helpers import adapted, save_adapter
@@ -130,6 +131,8 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert "is no origin" in refused("serve", directory, "--cors", "*")
     assert "no name of a host" in refused("serve", directory, "--allow-host", "chat.example.org:8000")
     assert "memory: " in refused("serve", directory, "--memory", "inf")
+    # 2 layers × keys and values × 64 channels × 64 positions at least × 4 bytes, and 2,048 positions
+    assert "tiny needs 6.1e-05 GiB for the shortest text" in refused("serve", directory, "--memory", "0.00006")
     assert "nosuch' does not exist" in refused("serve", directory, "--ui", "--data", tmp_path / "nosuch")
     assert "did you mean" in refused("serve", f"{directory}x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -370,7 +373,44 @@ def test_an_adapter_is_served_by_name_beside_its_base(tmp_path: Path) -> None:
         assert texts["fox"] == expected != texts["tiny"]
 
 
-def test_the_newest_run_that_learned_to_chat_is_chosen(tmp_path: Path) -> None:
+def test_memory_for_less_than_the_context_is_warned_of() -> None:
+    with slm_serve(model_directory(), "--memory", "0.001") as server:
+        assert complete(server.url, 5).status == 200
+        refused = complete(server.url, 2000)
+        assert (refused.status, "more than the allowed 1.0 MiB" in refused.error["message"]) == (400, True)
+        code, errors = server.end()
+    assert (code, errors.count("\n")) == (0, 1)
+    assert "its whole context of 2,048 tokens 0.00195 GiB" in errors
+
+
+def test_what_a_request_leaves_out_is_as_in_the_commands(tmp_path: Path) -> None:
+    """One model, without advice and with some: `slm chat` and `/v1/chat/completions`, `slm generate` and the texts."""
+    from slmkit.cli.show import open_model
+    from slmkit.generation.sampling_settings import USUAL, USUAL_IN_CHAT
+
+    shutil.copytree(model_directory(), tmp_path / "model")
+    given: dict[str, Any] = {"seed": None, "temperature": None, "top_p": None}
+    chat = SamplingSettings(temperature=0.6, top_p=0.95, min_p=0.05)
+    text = SamplingSettings(temperature=0.8, top_p=0.95, min_p=0.05)
+    for advice, expected in (
+        ({"do_sample": True}, (chat, text)),
+        ({"do_sample": True, "temperature": 0.3}, (SamplingSettings(temperature=0.3),) * 2),
+        ({"do_sample": False}, (SamplingSettings(temperature=0),) * 2),
+    ):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(advice))
+        served, folder = ServedModel.load("model", tmp_path / "model"), str(tmp_path / "model")
+        assert tuple(open_model(folder, None, "cpu", usual, given)[2] for usual in (USUAL_IN_CHAT, USUAL)) == expected
+        body: dict[str, Any] = {"model": "model", "max_tokens": 1}
+        asked = json.dumps({**body, "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        (request,) = chat_requests(read(ChatRequest, asked), served, "")
+        assert request.settings == expected[0]
+        (request,) = completion_requests(
+            read(CompletionRequest, json.dumps({**body, "prompt": "The"}).encode()), served, ""
+        )
+        assert request.settings == expected[1]
+
+
+def test_the_newest_run_that_learned_to_chat_is_chosen_and_named(tmp_path: Path) -> None:
     from slmkit.workflows.serve import named_models, newest_chat_run
 
     assert newest_chat_run(tmp_path) == []
@@ -385,3 +425,7 @@ def test_the_newest_run_that_learned_to_chat_is_chosen(tmp_path: Path) -> None:
         os.utime(run, (number, number))
     assert newest_chat_run(tmp_path) == [str(tmp_path / "new")]
     assert [*named_models([str(tmp_path / "old"), f"b={tmp_path / 'new'}"])] == ["old", "b"]
+    with slm_serve("--runs", tmp_path, "--no-browser", command="ui") as server:
+        assert server.lines[0] == (
+            f"{tmp_path / 'new'}: the newest run of {tmp_path} that learned to chat; for another: slm ui MODEL"
+        )

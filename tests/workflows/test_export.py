@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from slmkit.adapt.load import start_adapter
-from slmkit.adapt.quantize import quantized_modules
+from slmkit.adapt.quantize import quantized_modules, rounded_copy
+from slmkit.cli.export import export as command
 from slmkit.config import UserError
 from slmkit.export import gguf, targets
 from slmkit.export.compare import Parity
 from slmkit.export.html import write_html
 from slmkit.export.runtimes import load
 from slmkit.export.targets import TARGETS, Request
+from slmkit.model.decoder import Decoder
 from slmkit.model.files.adapter_directory import LoRASettings
 from slmkit.model.files.directory import load_decoder
+from slmkit.model.kernels import Kind
 from slmkit.workflows import export as workflow
 from slmkit.workflows.export import export, record_of, verify
 from tests.cli.helpers import SLM, python
@@ -287,9 +292,53 @@ def test_rounding_hides_no_wrong_conversion(model: Path, tmp_path: Path, monkeyp
         with pytest.raises(UserError, match="log-probabilities of the same weights: a mean divergence"):
             export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
     with_fault("gguf", monkeypatch, swap_rows)
-    with pytest.raises(UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: apart by"):
+    with pytest.raises(
+        UserError, match=r"^blk.1.attn_k.weight in Q4_0 has other weights than the model: 32 neighbours"
+    ):
         export(str(model), Request("gguf", str(tmp_path / "wrong.gguf"), "Q4_0"))
     assert entries(tmp_path) == ["right.gguf", "right.gguf.parity.json"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_one_wrong_group_of_integers_is_refused(
+    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one layer: it hardly changes what the model predicts."""
+    _, parity = export(str(model), Request("hf", str(tmp_path / "right"), kind))
+    assert parity is not None
+    assert parity.checks["log-probabilities of the same weights"]["mean_kl"] < 0.001
+
+    def wrong(decoder: Decoder, kind: Kind) -> Decoder:
+        made = rounded_copy(decoder, kind)
+        quantized_modules(made)["blocks.0.mlp.up"].scales[3, 1] *= 1.5
+        return made
+
+    monkeypatch.setattr(targets, "rounded_copy", wrong)
+    with pytest.raises(UserError, match=rf"^blocks.0.mlp.up.weight in {kind} has other weights than the model"):
+        export(str(model), Request("hf", str(tmp_path / "wrong"), kind))
+    assert entries(tmp_path) == ["right"]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"shard": {"shard": 1.0}, "allow-fallback": {"allow_fallback": True}}
+USED = {("hf", "float32", "shard"), ("hf", "float16", "shard"), ("hf", "bfloat16", "shard")}
+USED |= {(to, kind, "allow-fallback") for to in ("gguf", "ollama") for kind in TARGETS[to].kinds}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_an_option_that_changes_nothing_is_refused_by_name(to: str, model: Path, tmp_path: Path) -> None:
+    """Each option of the command that is not of every target, in each kind of weights."""
+    out = str(tmp_path / f"out{TARGETS[to].suffix}")
+    for kind in TARGETS[to].kinds:
+        for option, given in OPTIONS.items():
+            request = Request(to, out, kind, unverified=True, **given)
+            if (to, kind, option) in USED:
+                workflow.expect_possible(str(model), request)
+            else:
+                with pytest.raises(UserError, match=f"^--{option}: it changes nothing in {to}, {kind}"):
+                    workflow.expect_possible(str(model), request)
+    # All options of the command are either of every target, or among these.
+    names = set(inspect.signature(command).parameters) - {"model", "to", "kind", "output", "unverified", "overwrite"}
+    assert names == {name.replace("-", "_") for name in OPTIONS}
 
 
 def test_overwrite_replaces_nothing_but_exports(model: Path, tmp_path: Path) -> None:
@@ -383,7 +432,7 @@ targets.write_shards = slow
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_export_leaves_nothing_under_its_name(number: signal.Signals, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     reading, writing = os.pipe()
@@ -399,8 +448,8 @@ def test_a_stopped_export_leaves_nothing_under_its_name(number: signal.Signals, 
             process.send_signal(number)
             code = process.wait(300)
     assert not out.exists()
-    if number == signal.SIGINT:
-        assert code == 130
+    if number != signal.SIGKILL:
+        assert code == 128 + number
         assert entries(tmp_path) == []
     # What a killed process left is deleted by the next one.
     export(str(model), Request("hf", str(out)))
