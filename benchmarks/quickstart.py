@@ -29,6 +29,7 @@ import torch
 
 from slmkit.cli.show import open_model
 from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources import STORY_WORLDS
 from slmkit.data.stories import held_out_questions, tell
 from slmkit.data.stories.sentences import SENTENCE_END
 from slmkit.data.stories.talk import story_request
@@ -37,6 +38,7 @@ from slmkit.evaluation import ask
 from slmkit.generation.chat import ChatSession
 from slmkit.generation.sampling_settings import USUAL
 from slmkit.training.logging.metrics_log import MetricsLog, environment
+from slmkit.training.recipe.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 QUESTIONS, STORIES, LONGEST = 400, 20, 300
@@ -50,12 +52,12 @@ def repeats(story: str) -> bool:
     return THRICE.search(story) is not None or max(sentences.values(), default=0) > 1
 
 
-def told(chat: Path) -> list[str]:
+def told(chat: Path, world: float) -> list[str]:
     """Stories by the chat model, sampled with its own settings."""
     found = []
     for index in range(STORIES):
         decoder, tokenizer, settings, _ = open_model(str(chat), None, "cpu", USUAL, {"seed": index})
-        request = story_request(random_stream("asked for", index), tell(0, index, "heldout"))[0]["content"]
+        request = story_request(random_stream("asked for", index), tell(0, index, "heldout", world))[0]["content"]
         found.append("".join(ChatSession(decoder, tokenizer, settings, max_new_tokens=LONGEST).reply(request)))
     return found
 
@@ -67,8 +69,12 @@ def measure(root: Path) -> dict[str, Any]:
     perfect = TokenShards.open(root / "stories" / "data" / "validation").header.perfect_loss
     assert perfect is not None
     decoder, tokenizer, *_ = open_model(str(root / "chat"), None, "cpu", USUAL, {"seed": 0})
-    answers, stories = ask(decoder, tokenizer, held_out_questions(QUESTIONS)), told(root / "chat")
+    source = str(load_recipe(root / "stories" / "recipe.yaml").data.source)
+    world = STORY_WORLDS[source]
+    answers = ask(decoder, tokenizer, held_out_questions(QUESTIONS, world=world))
+    stories = told(root / "chat", world)
     return {
+        "source": source,
         "steps": {part: lines[-1]["step"] for part, lines in logs.items()},
         "loss": round(loss, 4),
         "above": round(loss / perfect - 1, 4),

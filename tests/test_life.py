@@ -121,10 +121,18 @@ def test_a_slow_machine_reads_less_of_the_stories_and_a_fast_one_all() -> None:
     assert 50 * slow * 6 == pytest.approx(250 * (1 - EVALUATION))
 
 
+@pytest.mark.parametrize(("seconds_of_a_step", "world"), [(0.02, "whole"), (0.05, "medium"), (0.2, "small")])
+def test_the_speed_of_the_machine_decides_the_size_of_the_world(
+    seconds_of_a_step: float, world: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda world: seconds_of_a_step)
+    assert [*quickstart.try_worlds(270)][-1].name == world
+
+
 def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 10.0)
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda world: 10.0)
     with pytest.raises(UserError, match=r"--minutes 2: too short on this machine; it needs at least \d+"):
         train_quickstart(tmp_path / "q", 0, 2, Silent())
     assert not (tmp_path / "q").exists()
@@ -134,10 +142,10 @@ def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(
 @pytest.mark.parametrize("passed", [5.0, 120.0])
 def test_the_minutes_that_a_quickstart_advises_are_enough(step: float, passed: float) -> None:
     """At the same speed, with as many seconds passed before the plan: no error with the first, no warning with both."""
-    reporter, primer = Silent(), quickstart.PRIMER_STEPS * step
+    reporter, tried = Silent(), {quickstart.SIZES[-1]: quickstart.PRIMER_STEPS * step}
 
     def plan(minutes: float) -> None:
-        quickstart._tell_the_plan(minutes, 60 * minutes * (1 - quickstart.RESERVE) - passed, primer, reporter)
+        quickstart._tell_the_plan(minutes, 60 * minutes * (1 - quickstart.RESERVE) - passed, tried, reporter)
 
     with pytest.raises(UserError) as refused:
         plan(0.1)
@@ -152,7 +160,7 @@ def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_ti
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first steps promised that all could be read in a second, which is over before the first part is prepared."""
-    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda: 1e-6)
+    monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda world: 1e-6)
     monkeypatch.setattr(quickstart, "FIXED", 0.0)
     load = quickstart.load_recipe
     few = ["data.documents=60", "data.validation_documents=10", "train.sample_prompts=[]", "train.device=cpu"]
@@ -169,4 +177,3 @@ def test_a_quickstart_on_a_machine_that_becomes_slower_stops_each_part_at_its_ti
         assert find_model_directory(run.root).is_dir()
         assert (run.root / "latest").resolve().name == "step-000001"
     assert all(share <= 1 for share in trained.shares.values())
-    assert trained.share_in(10) <= trained.share_in(1000) == 1

@@ -20,7 +20,7 @@ def quickstart(
     output: Annotated[str, typer.Option("--output", "-o", help="The folder for its runs.")] = "runs/quickstart",
     seed: Annotated[int, typer.Option(help="Another seed gives other stories and another model.")] = 0,
     minutes: Annotated[
-        float, typer.Option(min=0.5, help="How long it may take; on a slower machine it trains on fewer stories.")
+        float, typer.Option(min=0.5, help="How long it may take; on a slower machine it learns a smaller world.")
     ] = 5.0,
 ) -> None:
     """Train a small model on built-in stories, in minutes.
@@ -46,24 +46,24 @@ def quickstart(
     reporter.say("\n4/4  evaluation")
     decoder, tokenizer = load_for_generation(str(trained.chat.root), "cpu")
     left = trained.ends - time.monotonic()
-    _show_answers(decoder, tokenizer)
+    _show_answers(decoder, tokenizer, trained.world.size)
     _show_story(decoder, tokenizer, time.monotonic() + left / 3)
     _show_figures(trained, decoder, tokenizer)
-    _show_shares(trained, minutes)
     print(f"\nruns: {trained.stories.root} and {trained.chat.root}, after {clock(time.monotonic() - started)}")
     print("next:")
     for run in (trained.chat, trained.stories):
         print(f"  {suggestion(run.root)}")
     print(f"  slm ui --runs {trained.chat.root.parent}  (a page: chat, curves of the runs, a look inside the model)")
+    print(f"  slm train quickstart-grpo model.path={trained.chat.root} data.source={trained.world.source}stories")
     print("  slm train own-text data.source=YOUR.txt output_dir=runs/mine")
 
 
-def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
+def _show_answers(decoder: LanguageModel, tokenizer: SLMTokenizer, world: float) -> None:
     """Print a scene that is not in the training data, with the model's answers to questions about it."""
     from slmkit.data.stories import held_out_scene
     from slmkit.evaluation import ask
 
-    scene, questions = held_out_scene(SCENE)
+    scene, questions = held_out_scene(SCENE, world)
     print(f"\nQuestions about a text that it never read:\n\n  {scene.text}\n")
     for question, answer in zip(scene.questions, ask(decoder, tokenizer, questions).answers):
         note = "" if answer.is_right else f"   (right: {answer.expected})"
@@ -95,7 +95,7 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
 
     losses = [line["validation_loss"] for line in trained.stories.metrics.read() if "validation_loss" in line]
     perfect = TokenShards.open(trained.stories.data / "validation").header.perfect_loss
-    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS), trained.ends - 1)
+    questions = ask(decoder, tokenizer, held_out_questions(QUESTIONS, world=trained.world.size), trained.ends - 1)
     print("\nThe figures:\n")
     if losses and perfect:
         print(f"  validation loss           {min(losses):.3f} nats per token")
@@ -105,12 +105,6 @@ def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTok
     share = f", {questions.share_right:.1%} (± {questions.standard_error:.1%})" if right and asked >= 50 else ""
     print(f"  questions answered        {right} of {asked} right, word for word{share}")
 
-
-def _show_shares(trained: Quickstart, minutes: float) -> None:
-    """Print the share of the corpus that was read, and the share that more time would allow."""
     names = {"primer": "primer", "stories": "stories", "chat": "conversations"}
     shares = ", ".join(f"{share:.0%} of the {names[part]}" for part, share in trained.shares.items())
-    more = max(10.0, 2 * minutes)
-    if min(trained.shares.values()) < 1:
-        shares += f"\n                            --minutes {more:g} would read about {trained.share_in(more):.0%} here"
-    print(f"  read                      {shares}")
+    print(f"  read                      {shares} of the {trained.world.name} world")

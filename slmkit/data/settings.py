@@ -62,7 +62,9 @@ class CleaningSettings(Settings):
 class DataSettings(Settings):
     """Where text comes from, with which weights, and how it is read.
 
-    `source` is files and folders, or a built-in corpus: `stories`, `primer` (read before the stories) or `sums`.
+    `source` is files and folders, or a built-in corpus: `stories`, `primer` (read before the stories) or `sums`;
+    `medium-stories`, `medium-primer`, `small-stories` and `small-primer` are of smaller worlds, with a third and a
+    tenth of the words and plots.
     `sources` are several, with weights; `phases` changes the weights by tokens seen: a curriculum. `streaming` reads
     while training and does not store the training data.
     """

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from slmkit.data.sources import STORIES, STORY_WORLDS
 from slmkit.data.stories import Question, Story, held_out_scene, tell_many
 from slmkit.data.stories.sentences import SENTENCE_END
 from slmkit.data.stories.talk import drawn_questions, pasted, story_request
@@ -43,20 +44,23 @@ def story_report(
     seed: int = 0,
     chat: bool | None = None,
     progress: Progress = lambda what, done, of: None,
+    source: str = STORIES,
 ) -> list[TaskResult]:
     """Results `stories/…` about the first `count` held-out stories of the stream `seed`.
 
+    `source`: one of `STORY_WORLDS`, which the results are named by.
     `chat`: questions and wishes for a story are conversations, else text that goes on, as in the primer; by default
     as the tokenizer has a chat template. Raises `UserError` for logits that are not finite.
     """
-    held_out = [*tell_many(seed, count, "heldout")]
-    scenes = [held_out_scene(index)[0] for index in range(count)]
+    world = STORY_WORLDS[source]
+    held_out = [*tell_many(seed, count, "heldout", world=world)]
+    scenes = [held_out_scene(index, world)[0] for index in range(count)]
     chat = tokenizer.chat_template is not None if chat is None else chat
-    asked = _Asked(decoder, tokenizer, seed, chat, progress)
+    asked = _Asked(decoder, tokenizer, seed, chat, progress, source)
     return [
         asked.questions("questions", [(story.text, story.questions) for story in held_out]),
         asked.questions("scenes", [(scene.text, scene.questions) for scene in scenes]),
-        asked.distance("loss", [*tell_many(seed + FRESH, count)]),
+        asked.distance("loss", [*tell_many(seed + FRESH, count, world=world)]),
         asked.distance("loss-heldout", held_out),
         *asked.written(held_out),
     ]
@@ -66,9 +70,11 @@ class _Asked:
     """A model, and how it is asked."""
 
     def __init__(
-        self, decoder: LanguageModel, tokenizer: SLMTokenizer, seed: int, chat: bool, progress: Progress
+        self, decoder: LanguageModel, tokenizer: SLMTokenizer, seed: int, chat: bool, progress: Progress,
+        source: str = STORIES,
     ) -> None:  # fmt: skip
         self.decoder, self.tokenizer, self.seed, self.chat, self.progress = decoder, tokenizer, seed, chat, progress
+        self.source = source
         self.start = start_tokens(tokenizer)  # [tokens]
 
     def questions(self, name: str, texts: Sequence[tuple[str, Sequence[Question]]]) -> TaskResult:
@@ -136,7 +142,7 @@ class _Asked:
         texts = {name: self._write(stories, temperature, name) for temperature, name in names.items()}
         told = [story.text for story in stories]
         all_texts = [*told, *(text for ones in texts.values() for text in ones if text is not None)]
-        training = TrainingStories(all_texts, self._shown("novelty"))
+        training = TrainingStories(all_texts, self._shown("novelty"), STORY_WORLDS[self.source])
         compared = {"training_stories": f"the first {TRAINING_STORIES:,} of seed 0"}
         begun = "on a wish for a hero and a thing" if self.chat else "from the first sentence of a held-out story on"
         recipe = {"written": f"{begun}, at most {MOST_TOKENS} tokens"} | compared
@@ -162,7 +168,7 @@ class _Asked:
         return [None if text is None else first + text for first, text in zip(begun, given)]
 
     def _shown(self, what: str) -> Callable[[int, int], None]:
-        return functools.partial(self.progress, f"stories/{what}")
+        return functools.partial(self.progress, f"{self.source}/{what}")
 
     def _result(
         self, name: str, metrics: Mapping[str, str], items: Sequence[Item], recipe: Mapping[str, Any],
@@ -170,4 +176,4 @@ class _Asked:
     ) -> TaskResult:  # fmt: skip
         digest = hashlib.sha256("\n".join(data).encode()).hexdigest()
         about = {"form": "conversation" if self.chat else "text", "seed": self.seed, "data_sha256": digest}
-        return TaskResult(f"stories/{name}", {**about, **recipe}, metrics, tuple(items), tuple(errors))
+        return TaskResult(f"{self.source}/{name}", {**about, **recipe}, metrics, tuple(items), tuple(errors))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from slmkit.data.stories import tell_many
 from slmkit.data.stories.reader import CONTRADICTIONS, FAULTS, read_story
+from slmkit.data.stories.words import WHOLE
 from slmkit.evaluation.results import Item
 
 TRAINING_STORIES = 10_000  # the first of the training stream 0, with which the stories are compared
@@ -20,10 +21,12 @@ Gram = tuple[str, ...]
 class TrainingStories:
     """The training stories, and where in them the runs of `COPIED` words of some `texts` stand."""
 
-    def __init__(self, texts: Sequence[str], progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, texts: Sequence[str], progress: Callable[[int, int], None], world: float = WHOLE
+    ) -> None:  # fmt: skip
         wanted = {gram for text in texts for gram in grams(text, COPIED)}
         self.texts, self.where, places = set[str](), dict[Gram, list[int]](), itertools.count()
-        for done, story in enumerate(tell_many(0, TRAINING_STORIES), start=1):
+        for done, story in enumerate(tell_many(0, TRAINING_STORIES, world=world), start=1):
             self.texts.add(story.text)
             for place, gram in zip(places, grams(story.text, COPIED)):  # leaves out one place behind each story
                 if gram in wanted:

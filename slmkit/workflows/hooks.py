@@ -11,6 +11,7 @@ from typing import Any
 from slmkit.config import UserError, did_you_mean
 from slmkit.data.prepare.corpus import Corpus
 from slmkit.data.settings import Reads
+from slmkit.data.sources import STORY_WORLDS
 from slmkit.device import Device
 from slmkit.evaluation import validation_loss
 from slmkit.evaluation.loss import LossReport, Rows
@@ -25,7 +26,6 @@ from slmkit.training.logging.metrics_log import append_samples
 from slmkit.training.loop import Goal, Report, State
 from slmkit.training.recipe.recipe import Recipe, TrainSettings
 from slmkit.workflows.context import RecipeContext
-from slmkit.workflows.evaluation.evaluate import STORIES
 
 
 class Validate:
@@ -100,10 +100,10 @@ class RunTasks:
             found = run_tasks(self._engine(model), self.tasks, limit=limit)
             in_groups = {task for group in self.tasks.groups.values() for task in group.tasks}
             results += [result for result in found if result.task not in in_groups]
-        if STORIES in self.settings.eval_tasks:
+        for source in [name for name in self.settings.eval_tasks if name in STORY_WORLDS]:
             from slmkit.evaluation.stories import COUNT, story_report
 
-            results += story_report(model, tokenizer, count=limit or COUNT)
+            results += story_report(model, tokenizer, count=limit or COUNT, source=source)
         return results
 
     def _engine(self, model: Decoder) -> Any:
@@ -124,7 +124,7 @@ def tasks_of(settings: TrainSettings, chat: bool) -> dict[str, Any]:
 
     Raises `UserError` for one that is not known, and where its data or lm-eval is missing.
     """
-    names = [name for name in settings.eval_tasks if name != STORIES]
+    names = [name for name in settings.eval_tasks if name not in STORY_WORLDS]
     if not names:
         return {}
     from slmkit.evaluation.tasks import load_tasks
@@ -146,17 +146,18 @@ def in_recipe_terms() -> Iterator[None]:
         raise UserError(text) from None
 
 
-# What is logged of the story world; `slm eval` has the rest.
+# What is logged of a story world; `slm eval` has the rest.
 OF_STORIES = {
-    "stories/questions": ("accuracy",), "stories/scenes": ("accuracy",), "stories/loss": ("bits_per_byte",),
-    "stories/loss-heldout": ("bits_per_byte",), "stories/written-1": ("consistent", "novel_8grams"),
-    "stories/written-0.8": ("consistent", "novel_8grams"), "stories/generator": (),
+    "questions": ("accuracy",), "scenes": ("accuracy",), "loss": ("bits_per_byte",),
+    "loss-heldout": ("bits_per_byte",), "written-1": ("consistent", "novel_8grams"),
+    "written-0.8": ("consistent", "novel_8grams"), "generator": (),
 }  # fmt: skip
 
 
 def logged(result: TaskResult) -> Iterable[str]:
     """The metrics of a result that are logged."""
-    return OF_STORIES.get(result.task, result.metrics)
+    task, _, part = result.task.partition("/")
+    return OF_STORIES[part] if task in STORY_WORLDS else result.metrics
 
 
 def figures_of(results: list[TaskResult]) -> Report:

@@ -178,7 +178,8 @@ def test_a_run_is_planned_before_and_compared_after(folder: Path) -> None:
 
 def test_the_quickstart_says_that_it_measures_before_it_does(tmp_path: Path) -> None:
     code = (
-        "import sys; from slmkit.workflows import quickstart as q; q._seconds_of_a_step = lambda: sys.exit('measured')"
+        "import sys; from slmkit.workflows import quickstart as q; "
+        "q._seconds_of_a_step = lambda world: sys.exit('measured')"
     )
     done = python(f"{code}; {SLM}", "quickstart", "-o", tmp_path / "q")
     first, second = done.stderr.splitlines()

@@ -31,8 +31,7 @@ from slmkit.data.prepare.open_sources import (
 from slmkit.data.prepare.text_to_shards import Progress, no_progress, prepare_text
 from slmkit.data.settings import DataSettings, Reads, TokenizerSettings
 from slmkit.data.shards.reader import TokenShards
-from slmkit.data.sources import BUILT_IN, STORIES, Document, Source
-from slmkit.data.sources.built_in import PRIMER
+from slmkit.data.sources import BUILT_IN, STORY_WORLDS, WORLDS, Document, Source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.tokenizer import SLMTokenizer
 
@@ -131,12 +130,13 @@ def texts_of(
     surveys: dict[str, Survey] | None = None,
 ) -> Iterator[str]:
     """Training text for a tokenizer, an equal amount from every source; files are counted in `surveys` meanwhile."""
-    if data.is_built_in and data.source not in (STORIES, PRIMER):
+    if data.is_built_in and data.source not in [*WORLDS]:
         yield from (BUILT_IN[str(data.source)].text(seed, index, False) for index in range(data.documents))
     elif data.is_built_in and reads == "text":
         # One tokenizer for stories, primer and conversations, since a model is trained on one after the other.
-        yield from (story.text for story in stories.tell_many(seed, data.documents))
-        yield from stories.primer_texts(seed, data.documents)
+        world = WORLDS[str(data.source)]
+        yield from (story.text for story in stories.tell_many(seed, data.documents, world=world))
+        yield from stories.primer_texts(seed, data.documents, world)
         yield from CHAT_WORDS * (data.documents // 10)
     else:
         yield from tokenizer_sample(reads != "text", data, wanted, seed, {} if surveys is None else surveys)
@@ -157,7 +157,11 @@ class _Preparation:
 
     @property
     def _is_stories(self) -> bool:
-        return self.reads == "text" and self.data.source == STORIES
+        return self.reads == "text" and self.data.source in [*STORY_WORLDS]
+
+    @property
+    def _world(self) -> float:
+        return WORLDS[str(self.data.source)]
 
     def stored(self) -> tuple[list[TokenShards], TokenShards]:
         """Training shards of every source, and validation shards: of a source named, or held out of all."""
@@ -286,7 +290,7 @@ class _Preparation:
     def _with_primer(self, documents: Items) -> Iterator[Document]:
         """The stories, evenly mixed with texts with questions, which no other run reads."""
         wanted = self.data.primer_documents
-        primer = map(Document, stories.revision_texts(self.seed + REVISION_STREAM, wanted))
+        primer = map(Document, stories.revision_texts(self.seed + REVISION_STREAM, wanted, self._world))
         for index, story in enumerate(documents):
             yield story
             due = (index + 1) * wanted // self.data.documents - index * wanted // self.data.documents
@@ -296,7 +300,8 @@ class _Preparation:
         """Nats per token of the best possible model on the validation data; None where it is not known."""
         if not self._is_stories:
             return None
-        told = list(stories.tell_many(self.seed + VALIDATION_STREAM, self.data.validation_documents))
+        seed, count = self.seed + VALIDATION_STREAM, self.data.validation_documents
+        told = list(stories.tell_many(seed, count, world=self._world))
         # Each document is its tokens and one end-of-text token, and the generator knows its probability.
         tokens = sum(len(ids) + 1 for ids in self.tokenizer.encode_batch([story.text for story in told]))
         return -sum(story.log_probability for story in told) / tokens

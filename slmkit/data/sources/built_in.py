@@ -12,8 +12,13 @@ from slmkit.data import stories
 from slmkit.data.sources.documents import Document, Judged, Message, Pair, Position
 from slmkit.data.stories.story import primer_text
 from slmkit.data.stories.talk import sum_pair
+from slmkit.data.stories.words import MEDIUM, SMALL, WHOLE
 
 STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
+# The same of smaller worlds, for models that are trained for minutes on a slow machine: source → size of its world.
+SIZES = {"": WHOLE, "medium-": MEDIUM, "small-": SMALL}
+STORY_WORLDS = {f"{prefix}{STORIES}": size for prefix, size in SIZES.items()}
+WORLDS = STORY_WORLDS | {f"{prefix}{PRIMER}": size for prefix, size in SIZES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,17 @@ def _pair(messages: list[Message], right: str, wrong: str) -> Pair:
     return Pair(chosen, rejected, shared=len(messages))
 
 
-def _story_pair(seed: int, index: int, held_out: bool) -> Pair:
-    asked = stories.question_pair(seed, index)
-    return _pair(asked.messages, asked.right, asked.wrong)
+def _of_world(source: str, world: float) -> BuiltIn:
+    def text(seed: int, index: int, held_out: bool) -> str:
+        if source in STORY_WORLDS:
+            return stories.tell(seed, index, world=world).text
+        return primer_text(seed, index, world)
 
+    def pair(seed: int, index: int, held_out: bool) -> Pair:
+        asked = stories.question_pair(seed, index, world=world)
+        return _pair(asked.messages, asked.right, asked.wrong)
 
-def _story_talk(seed: int, index: int, held_out: bool) -> list[Message]:
-    return stories.conversation(seed, index)
+    return BuiltIn(text, lambda seed, index, held_out: stories.conversation(seed, index, world=world), pair)
 
 
 def _sum_pair(seed: int, index: int, held_out: bool) -> Pair:
@@ -78,8 +87,7 @@ def _sum_pair(seed: int, index: int, held_out: bool) -> Pair:
 
 
 BUILT_IN = {
-    STORIES: BuiltIn(lambda seed, index, held_out: stories.tell(seed, index).text, _story_talk, _story_pair),
-    PRIMER: BuiltIn(lambda seed, index, held_out: primer_text(seed, index), _story_talk, _story_pair),
+    **{source: _of_world(source, world) for source, world in WORLDS.items()},
     SUMS: BuiltIn(
         lambda seed, index, held_out: " ".join(sum_pair(seed, index, held_out)[:2]),
         lambda seed, index, held_out: _sum_pair(seed, index, held_out).chosen,

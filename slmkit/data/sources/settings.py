@@ -30,7 +30,8 @@ class SourceSettings(Settings):
     """Where text comes from, which part of it is read, and what happens to rows that cannot be read.
 
     `path` is a file or folder, a URL (`s3://`, `gs://`, `hf://`, `http://`, `https://`, any that `fsspec` knows), a
-    data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`.
+    data set of the Hugging Face hub as `owner/name`, or built in: `stories`, `primer`, `sums`, and the
+    first two of smaller worlds, as `small-stories`.
     """
 
     path: str = Field(min_length=1)  # as above

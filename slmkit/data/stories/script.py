@@ -22,16 +22,19 @@ questions follow from the facts. A slot, list, fragment or relation that is unkn
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
 from slmkit.data.stories.teller import CHARACTERS, AskedOf, Form, Library, Plot, Role
 from slmkit.data.stories.template import Node, Scope, Template, alternatives, parse_note, parse_template
-from slmkit.data.stories.words import ScriptError, WordBook, load_words
+from slmkit.data.stories.words import WHOLE, ScriptError, WordBook, load_words
 
 FOLDER = Path(__file__).parent
+PRIMER_PLOTS = "primer.txt"
 ROLE_LINE = re.compile(r"([a-z_]+\d?): (.+)")
 
 
@@ -43,16 +46,27 @@ class Line(NamedTuple):
 
 
 @functools.cache
-def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt") -> Library:
-    """The words, forms and shared beats of a folder, and the plots of all files whose name matches; cached."""
-    book = load_words(folder / "words.txt")
+def load_library(folder: Path = FOLDER, plots: str = "plots_*.txt", world: float = WHOLE) -> Library:
+    """The words, forms and shared beats of a folder, and the plots of all files whose name matches; cached.
+
+    A smaller `world` has this share of the words and plots, but all plots of the primer. A story of it is a story of
+    the whole world, too.
+    """
+    book = load_words(folder / "words.txt", world)
     forms = _load_forms(folder / "forms.txt", book)
     fragments: dict[str, list[Line]] = {}
     sections: dict[str, list[Line]] = {}
     for path in sorted([folder / "shared.txt", *folder.glob(plots)]):
         _sort_sections(path, fragments, sections)
-    read = (_read_plot(name, lines, fragments, book, forms.keys()) for name, lines in sorted(sections.items()))
+    names = sorted(sections) if plots == PRIMER_PLOTS else _part_of(sections, world)
+    read = (_read_plot(name, sections[name], fragments, book, forms.keys()) for name in names)
     return Library(book, tuple(read), forms)
+
+
+def _part_of(names: Iterable[str], share: float) -> list[str]:
+    """Sorted names, or a share of them that a larger share contains."""
+    names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return sorted(names[: math.ceil(share * len(names))])
 
 
 def read_lines(path: Path) -> Iterator[Line]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from slmkit.data.stories.script import load_library
+from slmkit.data.stories.script import PRIMER_PLOTS, load_library
 from slmkit.data.stories.teller import (
     CHILDREN,
     AskedOf,
@@ -26,7 +26,7 @@ from slmkit.data.stories.teller import (
     random_stream,
 )
 from slmkit.data.stories.template import Template
-from slmkit.data.stories.words import SPLITS
+from slmkit.data.stories.words import SPLITS, WHOLE
 
 FEWEST_QUESTIONS, MOST_QUESTIONS = 3, 7  # about a scene
 RECITED = 0.6  # share of scenes that are told twice, word for word, before the questions
@@ -67,13 +67,13 @@ class Scene:
     questions: tuple[Question, ...]
 
 
-def tell(seed: int, index: int, split: str = "train") -> Story:
-    """Story `index` of the stream `seed`. Raises `UserError` for an unknown split."""
+def tell(seed: int, index: int, split: str = "train", world: float = WHOLE) -> Story:
+    """Story `index` of the stream `seed`, in a world of this size. Raises `UserError` for an unknown split."""
     if split not in SPLITS:
         from slmkit.config import UserError  # not at the top: its import takes longer than this whole package's
 
         raise UserError(f"split {split!r} of the story corpus: expected one of {', '.join(SPLITS)}")
-    teller = Teller(load_library(), split, random_stream("story", seed, split, index).random)
+    teller = Teller(load_library(world=world), split, random_stream("story", seed, split, index).random)
     teller.tell()
     hero, thing = teller.bound["hero"], teller.bound["thing"]
     assert isinstance(hero, Character)
@@ -81,14 +81,16 @@ def tell(seed: int, index: int, split: str = "train") -> Story:
     return Story(teller.text, teller.log_probability, teller.plot.name, hero.name, hero.kind, thing.noun, teller)
 
 
-def tell_many(seed: int, count: int, split: str = "train", start: int = 0) -> Iterator[Story]:
+def tell_many(
+    seed: int, count: int, split: str = "train", start: int = 0, world: float = WHOLE
+) -> Iterator[Story]:  # fmt: skip
     """Stories `start` to `start + count` of the stream `seed`."""
-    return (tell(seed, index, split) for index in range(start, start + count))
+    return (tell(seed, index, split, world) for index in range(start, start + count))
 
 
-def scene(chance: random.Random) -> Scene:
+def scene(chance: random.Random, world: float = WHOLE) -> Scene:
     """A random scene. As in the train split, no held-out pair of hero's kind and thing occurs."""
-    teller = Teller(load_library(plots="primer.txt"), "train", chance.random)
+    teller = Teller(load_library(plots=PRIMER_PLOTS, world=world), "train", chance.random)
     teller.tell()
     questions = list(questions_about(teller))
     chance.shuffle(questions)
@@ -96,17 +98,17 @@ def scene(chance: random.Random) -> Scene:
     return Scene(teller.text, tuple(by_answer.values())[: chance.randint(FEWEST_QUESTIONS, MOST_QUESTIONS)])
 
 
-def primer_text(seed: int, index: int) -> str:
+def primer_text(seed: int, index: int, world: float = WHOLE) -> str:
     """Item `index` of the stream `seed`: a scene, perhaps repeated, then its questions, each with its answer."""
     chance = random_stream("primer", seed, index)
-    told = scene(chance)
+    told = scene(chance, world)
     recited = [f"Once more: {told.text}"] if chance.random() < RECITED else []
     return with_questions([told.text, *recited], told.questions)
 
 
-def primer_texts(seed: int, count: int) -> Iterator[str]:
+def primer_texts(seed: int, count: int, world: float = WHOLE) -> Iterator[str]:
     """The first `count` texts of the stream `seed`."""
-    return (primer_text(seed, index) for index in range(count))
+    return (primer_text(seed, index, world) for index in range(count))
 
 
 def with_questions(texts: Sequence[str], questions: Sequence[Question]) -> str:

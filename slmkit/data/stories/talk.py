@@ -13,7 +13,7 @@ from typing import NamedTuple
 from slmkit.data.stories.script import FOLDER, read_lines
 from slmkit.data.stories.story import Question, Scene, Story, primer_text, scene, tell, with_questions
 from slmkit.data.stories.teller import dress, random_stream
-from slmkit.data.stories.words import ScriptError
+from slmkit.data.stories.words import WHOLE, ScriptError
 
 Message = dict[str, str]
 
@@ -26,20 +26,20 @@ SUMS = ("What is {a} + {b}?", "{a} + {b} = ?", "How much is {a} plus {b}?")
 NEAR = (-10, -2, -1, 1, 2, 10)  # errors of wrong answers: off by one or two, or a wrong carry
 
 
-def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
-    """Conversation `index` of the stream `seed`; the story in it, if any, is `tell(seed, index, split)`."""
+def conversation(seed: int, index: int, split: str = "train", world: float = WHOLE) -> list[Message]:
+    """Conversation `index` of the stream `seed`; the story in it, if any, is `tell(seed, index, split, world)`."""
     chance = random_stream("conversation", seed, split, index)
     kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "small talk":
         return _small_talk(chance)
     if kind == "scene":
-        told = scene(chance)
+        told = scene(chance, world)
         messages = _questioned(chance, told.text, told.questions)
     elif kind == "pasted":
-        story = tell(seed, index, split)
+        story = tell(seed, index, split, world)
         messages = _questioned(chance, story.text, drawn_questions(chance, story.questions, chance.randint(4, 8)))
     else:
-        story = tell(seed, index, split)
+        story = tell(seed, index, split, world)
         messages = story_request(chance, story)
         messages += _next_questions(chance, drawn_questions(chance, story.questions, chance.randint(3, 7)))
     if chance.random() < 0.2:
@@ -47,22 +47,22 @@ def conversation(seed: int, index: int, split: str = "train") -> list[Message]:
     return messages
 
 
-def revision_texts(seed: int, count: int) -> Iterator[str]:
+def revision_texts(seed: int, count: int, world: float = WHOLE) -> Iterator[str]:
     """The first `count` texts of the stream `seed`: in turn a story with questions and their answers, and a scene."""
     for index in range(count):
         if index % 2:
-            yield primer_text(seed, index)
+            yield primer_text(seed, index, world)
             continue
-        chance, story = random_stream("revision", seed, index), tell(seed, index)
+        chance, story = random_stream("revision", seed, index), tell(seed, index, world=world)
         yield with_questions([story.text], drawn_questions(chance, story.questions, chance.randint(4, 8)))
 
 
-def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], str]]:
+def held_out_questions(count: int, seed: int = 0, world: float = WHOLE) -> list[tuple[list[Message], str]]:
     """Questions about stories of the held-out split: the messages up to the question, and the right answer."""
     asked = []
     for index in range(count):
         chance = random_stream("held-out question", seed, index)
-        story = tell(seed, index, "heldout")
+        story = tell(seed, index, "heldout", world)
         (question,) = drawn_questions(chance, story.questions, 1)
         if index % 2:
             messages = [*story_request(chance, story), {"role": "user", "content": question.question}]
@@ -72,10 +72,10 @@ def held_out_questions(count: int, seed: int = 0) -> list[tuple[list[Message], s
     return asked
 
 
-def held_out_scene(index: int) -> tuple[Scene, list[tuple[list[Message], str]]]:
+def held_out_scene(index: int, world: float = WHOLE) -> tuple[Scene, list[tuple[list[Message], str]]]:
     """A scene that is not in training, and each of its questions as a conversation, with the right answer."""
     chance = random_stream("held-out scene", index)
-    told = scene(chance)
+    told = scene(chance, world)
     asked = [[{"role": "user", "content": pasted(chance, told.text, question)}] for question in told.questions]
     return told, [(messages, question.answer) for messages, question in zip(asked, told.questions)]
 
@@ -163,28 +163,30 @@ class AskedTwice(NamedTuple):
     wrong: str
 
 
-def question_pair(seed: int, index: int, split: str = "train") -> AskedTwice:
+def question_pair(seed: int, index: int, split: str = "train", world: float = WHOLE) -> AskedTwice:
     """Item `index` of the stream `seed`."""
     chance = random_stream("question pair", seed, split, index)
     while True:
-        text, questions = _text(chance, seed, index, split)
+        text, questions = _text(chance, seed, index, split, world)
         for question in chance.sample(questions, len(questions)):
-            wrong = _wrong_answer(question, questions, chance)
+            wrong = _wrong_answer(question, questions, chance, world)
             if wrong is not None:
                 messages = [{"role": "user", "content": pasted(chance, text, question)}]
                 return AskedTwice(messages, question.answer, wrong)
 
 
-def _text(chance: random.Random, seed: int, index: int, split: str) -> tuple[str, Sequence[Question]]:
+def _text(chance: random.Random, seed: int, index: int, split: str, world: float) -> tuple[str, Sequence[Question]]:
     if chance.random() < ABOUT_STORIES:
-        story = tell(seed, index, split)
+        story = tell(seed, index, split, world)
         return story.text, story.questions
-    told = scene(chance)
+    told = scene(chance, world)
     return told.text, told.questions
 
 
-def _wrong_answer(asked: Question, questions: Sequence[Question], chance: random.Random) -> str | None:
-    others = _questions_of_others().get(asked.form, ())
+def _wrong_answer(
+    asked: Question, questions: Sequence[Question], chance: random.Random, world: float
+) -> str | None:  # fmt: skip
+    others = _questions_of_others(world).get(asked.form, ())
     for other in (*questions, *chance.sample(others, len(others))):
         answer = adapted(other, asked)
         if answer is not None and answer != asked.answer:
@@ -193,11 +195,11 @@ def _wrong_answer(asked: Question, questions: Sequence[Question], chance: random
 
 
 @functools.cache
-def _questions_of_others() -> dict[str, list[Question]]:
+def _questions_of_others(world: float) -> dict[str, list[Question]]:
     """Questions of a few hundred scenes, by form."""
     found: dict[str, list[Question]] = {}
     for index in range(OTHER_SCENES):
-        for question in scene(random_stream("other scene", index)).questions:
+        for question in scene(random_stream("other scene", index), world).questions:
             found.setdefault(question.form, []).append(question)
     return found
 

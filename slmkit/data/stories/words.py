@@ -12,10 +12,13 @@ The format, line by line:
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
+WHOLE, MEDIUM, SMALL = 1.0, 0.35, 0.1  # sizes of the world: the share of its words and plots
+FEWEST_WORDS = 6  # that a smaller world keeps of a list
 HELD_OUT_SHARE = 10  # one pair of hero's kind and thing in ten never occurs in the train split
 
 
@@ -33,6 +36,7 @@ class WordBook:
     thing_lists: set[str] = field(default_factory=set)
     prepositions: dict[str, str] = field(default_factory=dict)  # place → in, on, at, by
     place_lists: set[str] = field(default_factory=set)
+    unions: set[str] = field(default_factory=set)
 
     def weights_of(self, words: tuple[str, ...]) -> list[int] | None:
         """The weight of each word [words]; None if all are equal."""
@@ -47,8 +51,11 @@ def held_out_things(kind: str, things: tuple[str, ...]) -> frozenset[str]:
     return frozenset(ranked[: max(1, round(len(things) / HELD_OUT_SHARE))])
 
 
-def load_words(path: Path) -> WordBook:
-    """Read a file of word lists. Raises `ScriptError` for invalid lines."""
+def load_words(path: Path, size: float = WHOLE) -> WordBook:
+    """Read a file of word lists. A world of a smaller size has the first words of each list.
+
+    Raises `ScriptError` for invalid lines.
+    """
     book = WordBook()
     name, kind = "", ""
     sources: tuple[str, ...] = ()
@@ -56,10 +63,20 @@ def load_words(path: Path) -> WordBook:
         line = line.split("#")[0].strip()
         where = f"{path.name}:{number}"
         if line.startswith("="):
+            _shorten(book, name, size)
             name, sources, kind = _heading(book, line, where)
         elif line:
             _add_words(book, name, sources, kind, line, where)
+    _shorten(book, name, size)
+    book.weights = {word: max(1, round(size * weight)) for word, weight in book.weights.items()}
     return book
+
+
+def _shorten(book: WordBook, name: str, size: float) -> None:
+    """Keep the first words of a list; a union's lists are shortened already."""
+    if name and name not in book.unions:
+        words = book.lists[name]
+        book.lists[name] = words[: max(FEWEST_WORDS, math.ceil(size * len(words)))]
 
 
 def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...], str]:
@@ -74,6 +91,8 @@ def _heading(book: WordBook, line: str, where: str) -> tuple[str, tuple[str, ...
             raise ScriptError(f"{where}: unknown word list {source!r}")
     union = tuple(word for source in sources for word in book.lists[source])
     book.lists[name] = union if kind == "" else ()
+    if kind == "" and sources:
+        book.unions.add(name)
     if kind == "thing":
         book.thing_lists.add(name)
     if kind == "place":

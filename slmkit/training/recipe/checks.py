@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from slmkit.config import UserError
-from slmkit.data.sources import BUILT_IN, expect_source
+from slmkit.data.sources import BUILT_IN, STORY_WORLDS, expect_source
 from slmkit.data.sources.files import TEXT_KINDS, kind_of
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.files.find import find_config_directory, find_tokenizer_directory
@@ -81,7 +81,7 @@ READ_WHERE: dict[str, tuple[Reads, str]] = {
         "it counts documents of the built-in corpus that are stored",
     ),
     "data.primer_documents": (
-        lambda r: r.data.source == "stories" and r.reads == "text" and not r.data.streaming,
+        lambda r: r.data.source in [*STORY_WORLDS] and r.reads == "text" and not r.data.streaming,
         "it is of data.source: stories as text",
     ),
     "data.validation_documents": (_counts_validation, "data.validation_fraction says how much is held out of files"),

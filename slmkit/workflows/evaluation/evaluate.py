@@ -19,7 +19,7 @@ from slmkit.adapt.load import load_model
 from slmkit.adapt.quantize import quantized_modules
 from slmkit.config import UserError
 from slmkit.data.prepare.conversations import encoded_rows
-from slmkit.data.sources import open_source
+from slmkit.data.sources import STORY_WORLDS, open_source
 from slmkit.data.sources.settings import SourceSettings
 from slmkit.device import find_device
 from slmkit.evaluation.perplexity import chat_result, text_result, window_and_stride
@@ -34,7 +34,6 @@ from slmkit.training.recipe.recipe import load_recipe
 from slmkit.workflows.evaluation.cache import code_content, digest_of, model_content, stored
 from slmkit.workflows.evaluation.text import read_text
 
-STORIES = "stories"  # the story world, a task of our own
 STORED_ANSWERS = {"oracle": True, "wrong": False}  # "models" that no directory has the name of
 SEED = 1234  # of the choice of shots, as lm-eval's default, and of the held-out stories
 
@@ -66,7 +65,7 @@ def evaluate(
     """Results of a run, model directory, adapter, quantized model or model of the hub.
 
     `text`: sources of text, or with `conversations` of conversations, whose assistant's turns are predicted; `window`,
-    `stride` and `joined` as in `text_result`. `tasks`: names that `load_tasks` knows, and `stories`. `task_data`: a
+    `stride` and `joined` as in `text_result`. `tasks`: names of `load_tasks` or `STORY_WORLDS`. `task_data`: a
     folder with the tasks' files. `limit`: the first documents of each. `shots`: examples in a prompt, instead of the
     task's own number. `chat_template`: `chat`, `none`, or `auto`: `chat` for a model that learned conversations
     (`uses_chat`). `samples` answers to each problem of code tasks, drawn at `temperature`; `unsafe_code`: their
@@ -86,7 +85,8 @@ def evaluate(
         return on_stored_answers(str(model), tasks, asked, chat_template == "chat", limit)
     one = _Evaluated(model, device, precision, cache, limit, progress)
     asked["chat"] = bool(tasks) and uses_chat(model, chat_template)
-    loaded = {name: one.load(name, asked) for name in tasks if name != STORIES}  # a wrong name is found at once
+    # Loaded before anything is computed, so that a wrong name is found at once.
+    loaded = {name: one.load(name, asked) for name in tasks if name not in STORY_WORLDS}
     results: list[TaskResult] = []
     for source in text:
         window, stride = one.geometry(window, stride)
@@ -95,8 +95,8 @@ def evaluate(
         else:
             results += one.on_text(source, window, stride, joined)
     for name in tasks:
-        if name == STORIES:
-            results += one.on_stories(asked["chat"])
+        if name in STORY_WORLDS:
+            results += one.on_stories(name, asked["chat"])
         else:
             results += one.on_task(name, loaded[name], asked, max_new_tokens)
     return results
@@ -114,7 +114,7 @@ def on_stored_answers(
 
     Raises `UserError` for other tasks.
     """
-    if not tasks or STORIES in tasks:
+    if not tasks or not set(STORY_WORLDS).isdisjoint(tasks):
         raise UserError(f"{model}: stored answers are for exact-match and code tasks, such as --tasks gsm8k")
     from slmkit.evaluation.tasks import load_tasks, run_tasks
 
@@ -215,7 +215,7 @@ class _Evaluated:
             progress=self.counter(source.label, "windows"),
         )], opened.report())  # fmt: skip
 
-    def on_stories(self, chat: bool) -> list[TaskResult]:
+    def on_stories(self, source: str, chat: bool) -> list[TaskResult]:
         from slmkit.evaluation.stories import COUNT, story_report
 
         def show(what: str, done: int, of: int) -> None:
@@ -223,8 +223,8 @@ class _Evaluated:
 
         count = self.limit or COUNT
         return self.kept(
-            {"stories": count, "chat": chat},
-            lambda: story_report(self.decoder, self.tokenizer, count=count, chat=chat, progress=show),
+            {source: count, "chat": chat},
+            lambda: story_report(self.decoder, self.tokenizer, count=count, chat=chat, progress=show, source=source),
         )
 
     def load(self, name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
