@@ -75,6 +75,10 @@ class LlamaCpp:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def stored(self, loaded: object) -> tuple[()]:
+        """None here: `gguf.matrices_of` reads them, with torch, which the child does without."""
+        return ()
+
     def close(self) -> None:
         self.connection.close()
         self.child.kill()

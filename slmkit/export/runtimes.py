@@ -170,7 +170,7 @@ class Transformers(Runtime):
         for name, values in decoder.state_dict().items():
             if values.dim() == 2:
                 kind, group = kinds.get(name, ("bfloat16", values.size(1)))
-                yield Stored(name, [name], values, {"nf4": "int4"}.get(kind, kind), group)
+                yield Stored(name, [name], values, "int4" if kind == "nf4" else str(kind), group)
 
 
 def codes_in(packed: Tensor, bits: int) -> Tensor:
