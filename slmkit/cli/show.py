@@ -123,9 +123,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Co
     """Print a table with columns as wide as their content; those named in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     for row in (columns, *rows):
-        cells = (
-            one.rjust(width) if name in right else one.ljust(width) for name, one, width in zip(columns, row, widths)
-        )
+        cells = (one.rjust(size) if name in right else one.ljust(size) for name, one, size in zip(columns, row, widths))
         print("  ".join(cells).rstrip())
 
 
