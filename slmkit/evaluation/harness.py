@@ -91,7 +91,7 @@ class EngineLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without `add_generation_prompt` the last message is to be continued."""
-        how = {"begins": add_generation_prompt, "continues": not add_generation_prompt}
+        how: dict[str, Any] = {"begins": add_generation_prompt, "continues": not add_generation_prompt}
         try:
             return self.tokenizer.chat_prompt_text(chat_history, **how)
         except ConversationError:  # many templates know no system message

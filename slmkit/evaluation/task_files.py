@@ -179,7 +179,7 @@ def _rows_of(path: Path, column: str = "", cut: str = "", header: Sequence[str] 
             if answers is not None and number >= len(answers):
                 raise UserError(f"{labels}: {len(answers):,} labels, but {path.name} has more rows")
             yield place, row if answers is None else {"label": int(answers[number]), **row}
-    except (ValueError, csv.Error, *damage()) as error:
+    except (ValueError, csv.Error, *damage()) as error:  # type: ignore[misc]
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 

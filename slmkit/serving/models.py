@@ -61,12 +61,12 @@ class ServedModel:
         from slmkit.model.files.generation_config import new_tokens, read_generation_config
 
         found = find_model_directory(str(directory))
-        advice = [SamplingSettings.for_model(found, None, usual) for usual in (USUAL_IN_CHAT, USUAL)]
+        chat, text = (SamplingSettings.for_model(found, None, usual) for usual in (USUAL_IN_CHAT, USUAL))
         tokenizer = SLMTokenizer.from_pretrained(found)
         decoder, config = load_model(found, find_device(device).torch_device)
         tokenizer.use_generation_config(config.for_generation())
         most = new_tokens(read_generation_config(found), usual=decoder.max_positions)
-        return cls(name, decoder, tokenizer, *advice, most, options)
+        return cls(name, decoder, tokenizer, chat, text, most, options)
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
