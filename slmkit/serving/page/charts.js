@@ -221,7 +221,7 @@ export class Chart {
       svg("path", { class: "axis-line", d: `M${left} ${bottom}h${width}` }),
       ...places.yTicks.map((value) => label(left - 8, places.y(value) + FONT / 3, "end", short(value))),
       ...places.xTicks.map((value) => svg("path", { class: "axis-line", d: `M${places.x(value).toFixed(1)} ${bottom}v4` })),
-      ...places.xTicks.map((value) => label(Math.min(places.x(value), left + width - 2), bottom + 17, "medium", short(value))),
+      ...places.xTicks.map((value) => label(Math.min(places.x(value), left + width - 2), bottom + 17, "middle", short(value))),
       label(left + width, bottom + 32, "end", this.shown.x.label),
     ];
   }

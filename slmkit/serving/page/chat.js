@@ -88,7 +88,7 @@ class Chat {
     }
     const bar = element("div", { class: "bar" }, this.sides[0][1], this.settings.pickers, this.sides[1][1]);
     this.root = element("div", { class: "chat" }, chats,
-      element("div", { class: "medium" }, bar, this.thread, element("div", { class: "below" }, this.toEnd, this.note, composer)),
+      element("div", { class: "middle" }, bar, this.thread, element("div", { class: "below" }, this.toEnd, this.note, composer)),
       this.settings.root);
   }
 

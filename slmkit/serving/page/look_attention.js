@@ -174,7 +174,7 @@ export function addAttention(root, { app, choose, showWeights }) {
 
   function writeTokens(pen, edge, size, colours) {
     pen.font = `11px ${getComputedStyle(canvas).fontFamily}`;
-    pen.textBaseline = "medium";
+    pen.textBaseline = "middle";
     of.ids.forEach((_, index) => {
       const at = edge + (index + 0.5) * size;
       pen.fillStyle = cell && (cell[0] === index || cell[1] === index) ? colours.mark : colours.muted;
