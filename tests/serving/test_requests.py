@@ -173,7 +173,8 @@ def test_the_models_advice(m1: ServedModel) -> None:
     """Where a request says nothing, the model's own settings count."""
     from slmkit.generation.sampling_settings import SamplingSettings
 
-    advised = ServedModel("a", m1.decoder, m1.tokenizer, SamplingSettings(temperature=0.0), max_new_tokens=4)
+    advice = SamplingSettings(temperature=0.0)
+    advised = ServedModel("a", m1.decoder, m1.tokenizer, advice, advice, max_new_tokens=4)
     with serving(advised) as client:
         greedy = client.completion(model="a", prompt="The fox", max_tokens=20)
         assert greedy.texts == client.completion(model="a", prompt="The fox", max_tokens=20, temperature=0).texts
