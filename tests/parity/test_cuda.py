@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from slmkit.model import context
+from slmkit.model import attend
 from tests.parity.configurations import DRAW
 from tests.parity.test_wrong_readings import GEMMA3
 from tests.parity.twins import text, twins, twins_of
@@ -40,7 +40,7 @@ def test_a_window_in_blocks_is_the_window_on_a_cpu(with_documents: bool, monkeyp
     for in_blocks in (True, False):
         on_gpu = copy.deepcopy(ours).cuda()
         on_gpu.zero_grad()
-        monkeypatch.setattr(context, "skips_blocks", lambda device, answer=in_blocks: answer)
+        monkeypatch.setattr(attend, "skips_blocks", lambda device, answer=in_blocks: answer)
         found = on_gpu(ids.cuda(), documents=None if documents is None else documents.cuda())
         found.square().mean().backward()
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-2)  # products in TF32
