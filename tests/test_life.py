@@ -10,6 +10,7 @@ import pytest
 from slmkit.config import UserError
 from slmkit.data.prepare.corpus import open_corpus
 from slmkit.data.shards.reader import TokenShards
+from slmkit.data.sources import WORLDS
 from slmkit.data.stories import held_out_questions
 from slmkit.data.stream import DocumentRows
 from slmkit.device import find_device
@@ -127,6 +128,14 @@ def test_the_speed_of_the_machine_decides_the_size_of_the_world(
 ) -> None:
     monkeypatch.setattr(quickstart, "_seconds_of_a_step", lambda world: seconds_of_a_step)
     assert [*quickstart.try_worlds(270)][-1].name == world
+
+
+def test_every_part_of_a_quickstart_reads_of_its_world() -> None:
+    for world in quickstart.SIZES:
+        for part in quickstart.PARTS:
+            recipe = load_recipe(find_recipe(f"quickstart-{part}"), quickstart._settings(world, part))
+            assert WORLDS[str(recipe.data.source)] == world.size
+            assert ("primer" in str(recipe.data.source)) == (part == "primer")
 
 
 def test_a_quickstart_without_the_time_for_anything_says_so_before_it_trains(

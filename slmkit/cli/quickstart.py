@@ -88,7 +88,7 @@ def _show_story(decoder: LanguageModel, tokenizer: SLMTokenizer, until: float) -
 
 
 def _show_figures(trained: Quickstart, decoder: LanguageModel, tokenizer: SLMTokenizer) -> None:
-    """Print the validation loss and a perfect model's, and the share of questions answered exactly."""
+    """Print the validation loss and a perfect model's, the share of questions answered exactly, and what was read."""
     from slmkit.data.shards.reader import TokenShards
     from slmkit.data.stories import held_out_questions
     from slmkit.evaluation import ask

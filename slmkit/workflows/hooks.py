@@ -100,7 +100,7 @@ class RunTasks:
             found = run_tasks(self._engine(model), self.tasks, limit=limit)
             in_groups = {task for group in self.tasks.groups.values() for task in group.tasks}
             results += [result for result in found if result.task not in in_groups]
-        for source in [name for name in self.settings.eval_tasks if name in STORY_WORLDS]:
+        for source in (name for name in self.settings.eval_tasks if name in STORY_WORLDS):
             from slmkit.evaluation.stories import COUNT, story_report
 
             results += story_report(model, tokenizer, chat=self.chat, count=limit or COUNT, source=source)

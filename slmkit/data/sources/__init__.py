@@ -5,13 +5,13 @@ in TinyStories' files. Every item comes with a position from which reading can c
 place.
 """
 
-from slmkit.data.sources.built_in import BUILT_IN, PRIMER, STORIES, STORY_WORLDS, SUMS, WORLDS
+from slmkit.data.sources.built_in import BUILT_IN, STORIES, STORY_WORLDS, SUMS, WORLDS
 from slmkit.data.sources.documents import PIECE, BadRow, Document, Judged, Message, Pair, Position, cut_point, tools_of
 from slmkit.data.sources.remote import RetryPolicy
 from slmkit.data.sources.source import Source, expect_source, open_source, open_together
 
 __all__ = [
-    "BUILT_IN", "PIECE", "PRIMER", "STORIES", "STORY_WORLDS", "SUMS", "WORLDS", "BadRow", "Document", "Judged",
+    "BUILT_IN", "PIECE", "STORIES", "STORY_WORLDS", "SUMS", "WORLDS", "BadRow", "Document", "Judged",
     "Message", "Pair", "Position", "RetryPolicy", "Source", "cut_point", "expect_source", "open_source",
     "open_together", "tools_of",
 ]  # fmt: skip

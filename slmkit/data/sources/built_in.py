@@ -14,11 +14,10 @@ from slmkit.data.stories.story import primer_text
 from slmkit.data.stories.talk import sum_pair
 from slmkit.data.stories.words import MEDIUM, SMALL, WHOLE
 
-STORIES, PRIMER, SUMS = "stories", "primer", "sums"  # names of the sources
-# The same of smaller worlds, for models that are trained for minutes on a slow machine: source → size of its world.
-SIZES = {"": WHOLE, "medium-": MEDIUM, "small-": SMALL}
-STORY_WORLDS = {f"{prefix}{STORIES}": size for prefix, size in SIZES.items()}
-WORLDS = STORY_WORLDS | {f"{prefix}{PRIMER}": size for prefix, size in SIZES.items()}
+STORIES, SUMS = "stories", "sums"
+# Source → size of its world. The smaller ones are for models that are trained for minutes on a slow machine.
+STORY_WORLDS = {STORIES: WHOLE, "medium-stories": MEDIUM, "small-stories": SMALL}
+WORLDS = STORY_WORLDS | {"primer": WHOLE, "medium-primer": MEDIUM, "small-primer": SMALL}
 
 
 @dataclass(frozen=True)

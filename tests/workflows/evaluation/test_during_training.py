@@ -219,7 +219,7 @@ def test_ranks_evaluate_what_one_process_does(world: Path, tmp_path: Path) -> No
 
 
 def test_the_story_world_is_a_task_without_files(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that learns text is asked as text, as `slm eval` asks it, whatever template its tokenizer has."""
+    """Tasks reach a model of plain text as plain text, as in `slm eval`, also if its tokenizer has a chat template."""
     found, report = list[TaskResult](), stories.story_report
 
     def recorded(*arguments: Any, **keywords: Any) -> list[TaskResult]:
