@@ -24,9 +24,7 @@ def plan(
     device: DeviceName = "auto",
     measure: Annotated[bool, typer.Option("--probe/--no-probe", help=PROBE)] = True,
     output: Annotated[str | None, typer.Option("--output", "-o", help="A file for the proposed recipe.")] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=2, help="Plan a step of a recipe on this number of GPUs, with FSDP.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=2, help="Plan a step on this number of GPUs, with FSDP.")] = None,
     gpu: Annotated[str, typer.Option(help="With --gpus: a100, h100 or h200.")] = "h100",
 ) -> None:
     """Predict a run's time, memory, disk and loss.
